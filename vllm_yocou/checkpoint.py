@@ -1,0 +1,89 @@
+"""The tensors of a YOCO-U checkpoint: their names and shapes follow from the config alone.
+
+Layers are stored once, however large T is. The loader compares what it is given with this table, so a wrong checkpoint
+ends in one error that names every missing, unexpected and misshapen tensor.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from vllm_yocou.config import YocoUConfig
+
+NAMED = 6  # tensors that an error lists by name before it counts the rest
+
+
+def expected_shapes(config: YocoUConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a dense checkpoint; matrices are (out, in) as in torch.nn.Linear."""
+    D, V, I = config.hidden_size, config.vocab_size, config.intermediate_size
+    H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    Hc, Kc, dc = config.cross_num_attention_heads, config.cross_num_key_value_heads, config.cross_head_dim
+    self_norms = config.qk_norm in ("self", "all")
+    cross_norms = config.qk_norm == "all"
+
+    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (V, D)
+    for i in range(config.num_self_decoder_layers):
+        layer = f"model.self_decoder.layers.{i}"
+        shapes |= _layer_shapes(layer, D, I)
+        shapes[f"{layer}.self_attn.q_proj.weight"] = (H * d, D)
+        shapes[f"{layer}.self_attn.k_proj.weight"] = (K * d, D)
+        shapes[f"{layer}.self_attn.v_proj.weight"] = (K * d, D)
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (D, H * d)
+        if self_norms:
+            shapes[f"{layer}.self_attn.q_norm.weight"] = shapes[f"{layer}.self_attn.k_norm.weight"] = (d,)
+    shapes["model.global_kv.norm.weight"] = (D,)
+    shapes["model.global_kv.k_proj.weight"] = shapes["model.global_kv.v_proj.weight"] = (Kc * dc, D)
+    if cross_norms:
+        shapes["model.global_kv.k_norm.weight"] = (dc,)
+    for j in range(config.num_cross_decoder_layers):
+        layer = f"model.cross_decoder.layers.{j}"
+        shapes |= _layer_shapes(layer, D, I)
+        shapes[f"{layer}.cross_attn.q_proj.weight"] = (Hc * dc, D)
+        shapes[f"{layer}.cross_attn.o_proj.weight"] = (D, Hc * dc)
+        if cross_norms:
+            shapes[f"{layer}.cross_attn.q_norm.weight"] = (dc,)
+    return shapes
+
+
+def _layer_shapes(layer: str, D: int, I: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{layer}.input_layernorm.weight": (D,),
+        f"{layer}.post_attention_layernorm.weight": (D,),
+        f"{layer}.mlp.gate_proj.weight": (I, D),
+        f"{layer}.mlp.up_proj.weight": (I, D),
+        f"{layer}.mlp.down_proj.weight": (D, I),
+    }
+
+
+def verified(
+    weights: Iterable[tuple[str, torch.Tensor]], config: YocoUConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass on the tensors that fit; after the last one, raise ValueError if any was missing, unexpected or misshapen."""
+    expected = expected_shapes(config)
+    missing, unexpected, misshapen = set(expected), [], []
+    for name, tensor in weights:
+        missing.discard(name)
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue  # Some writers store tied embeddings twice; the embedding's copy is the one in use.
+        if name not in expected:
+            unexpected.append(name)
+        elif tuple(tensor.shape) != expected[name]:
+            misshapen.append(f"{name} is {list(tensor.shape)} instead of {list(expected[name])}")
+        else:
+            yield name, tensor
+    problems = [
+        f"{kind}: {_listed(names)}"
+        for kind, names in (("missing", sorted(missing)), ("unexpected", unexpected), ("misshapen", misshapen))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"the checkpoint does not fit its config.json, {'; '.join(problems)}. Correct the config or convert again."
+        )
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,341 @@
+"""YOCO-U for vLLM: every weight exists once, every (iteration, layer) has a KV cache of its own.
+
+The self-decoder's linear layers are built once and called T times, so quantization, tensor parallelism and loading see
+an ordinary model of S + C layers. Only the attention layers, which hold no weights, exist T times.
+
+Shapes: N tokens of this step (all requests, one row a token), D hidden_size.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.llama import LlamaMLP
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.sequence import IntermediateTensors
+
+from vllm_yocou.attention import GlobalAttention, WindowAttention, smallest_block
+from vllm_yocou.checkpoint import verified
+from vllm_yocou.config import YocoUConfig
+from vllm_yocou.kv_cache import choose_packing
+from vllm_yocou.rope import inverse_frequencies
+
+
+class Yoco2024RotaryEmbedding(RotaryEmbedding):
+    """vLLM's rotary embedding over the frequency table of the 2024 YOCO code."""
+
+    def _compute_inv_freq(self, base: float) -> torch.Tensor:
+        return inverse_frequencies(self.rotary_dim, {"rope_type": "yoco2024", "rope_theta": base}, torch.float)
+
+
+def rotary_embedding(vllm_config: VllmConfig, head_dim: int) -> nn.Module:
+    config: YocoUConfig = vllm_config.model_config.hf_config
+    positions = max(config.max_position_embeddings, vllm_config.model_config.max_model_len)
+    neox = not config.rope_interleaved
+    if config.rope_parameters["rope_type"] == "yoco2024":
+        theta, dtype = config.rope_parameters["rope_theta"], vllm_config.model_config.dtype
+        return Yoco2024RotaryEmbedding(head_dim, head_dim, positions, theta, neox, dtype)
+    return get_rope(head_dim, positions, is_neox_style=neox, rope_parameters=config.rope_parameters)
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm of every head of a projection: (N, heads · d) -> (N, heads · d)."""
+
+    def forward(self, x_NX: torch.Tensor) -> torch.Tensor:
+        return super().forward(x_NX.unflatten(-1, (-1, self.hidden_size)).contiguous()).flatten(-2)
+
+
+def head_norm(config: YocoUConfig, head_dim: int, wanted: bool) -> nn.Module:
+    return HeadNorm(head_dim, eps=config.rms_norm_eps) if wanted else nn.Identity()
+
+
+class LoopedWindowAttention(nn.Module):
+    """Self-decoder attention of one stored layer: one set of projections, one window cache for each iteration."""
+
+    def __init__(self, vllm_config: VllmConfig, layer: int, prefix: str, cache_prefix: str):
+        super().__init__()
+        config: YocoUConfig = vllm_config.model_config.hf_config
+        quant, d = vllm_config.quant_config, config.head_dim
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            d,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=False,
+            quant_config=quant,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        heads, kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
+        self.sizes = [heads * d, kv_heads * d, kv_heads * d]
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * d,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.q_norm = head_norm(config, d, config.qk_norm in ("self", "all"))
+        self.k_norm = head_norm(config, d, config.qk_norm in ("self", "all"))
+        self.rotary_emb = rotary_embedding(vllm_config, d)
+        self.windows = nn.ModuleList(
+            WindowAttention(
+                heads,
+                d,
+                kv_heads,
+                vllm_config.cache_config,
+                window=config.sliding_window,
+                quant_config=quant,
+                # vLLM wants exactly one number in the name of a cached layer, different for each.
+                prefix=f"{cache_prefix}.{iteration * config.num_self_decoder_layers + layer}",
+            )
+            for iteration in range(config.num_iterations)
+        )
+
+    def forward(self, positions_N: torch.Tensor, h_ND: torch.Tensor, iteration: int) -> torch.Tensor:
+        qkv_NX, _ = self.qkv_proj(h_ND)
+        q_NX, k_NX, v_NX = qkv_NX.split(self.sizes, dim=-1)
+        q_NX, k_NX = self.rotary_emb(positions_N, self.q_norm(q_NX), self.k_norm(k_NX))
+        out_ND, _ = self.o_proj(self.windows[iteration](q_NX, k_NX, v_NX))
+        return out_ND
+
+
+class GlobalKV(nn.Module):
+    """The one writer of the global KV cache; nothing attends here."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str, cache_prefix: str):
+        super().__init__()
+        config: YocoUConfig = vllm_config.model_config.hf_config
+        dc = config.cross_head_dim
+        ranks = get_tensor_model_parallel_world_size()
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        # No query heads: this layer then shards the KV heads, and replicates them where ranks outnumber them.
+        self.kv_proj = QKVParallelLinear(
+            config.hidden_size,
+            dc,
+            total_num_heads=0,
+            total_num_kv_heads=config.cross_num_key_value_heads,
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.kv_proj",
+        )
+        self.k_norm = head_norm(config, dc, config.qk_norm == "all")
+        self.rotary_emb = rotary_embedding(vllm_config, dc) if config.cross_decoder_rope else None
+        self.cache = GlobalAttention(
+            config.cross_num_attention_heads // ranks,
+            dc,
+            self.kv_proj.num_kv_heads,
+            vllm_config.cache_config,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{cache_prefix}.{config.num_iterations * config.num_self_decoder_layers}",
+        )
+
+    def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
+        """Project and store; returns the token that the readers take."""
+        kv_NX, _ = self.kv_proj(self.norm(x_ND))
+        k_NX, v_NX = kv_NX.chunk(2, dim=-1)
+        k_NX = self.k_norm(k_NX)
+        if self.rotary_emb is not None:
+            # vLLM's rotary embedding turns queries in place; here there are none, so the keys take their part.
+            k_NX, _ = self.rotary_emb(positions_N, k_NX.contiguous(), None)
+        return self.cache.write(k_NX, v_NX)
+
+
+class CrossAttention(nn.Module):
+    """Cross-decoder attention: queries of its own over the global cache."""
+
+    def __init__(self, vllm_config: VllmConfig, cache: GlobalAttention, prefix: str):
+        super().__init__()
+        config: YocoUConfig = vllm_config.model_config.hf_config
+        dc, width = config.cross_head_dim, config.cross_num_attention_heads * config.cross_head_dim
+        quant = vllm_config.quant_config
+        self.q_proj = ColumnParallelLinear(
+            config.hidden_size, width, bias=False, quant_config=quant, prefix=f"{prefix}.q_proj"
+        )
+        self.o_proj = RowParallelLinear(
+            width, config.hidden_size, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
+        )
+        self.q_norm = head_norm(config, dc, config.qk_norm == "all")
+        self.rotary_emb = rotary_embedding(vllm_config, dc) if config.cross_decoder_rope else None
+        self.read = cache.attend  # a bound method: the cache stays a submodule of its writer alone
+
+    def forward(self, positions_N: torch.Tensor, h_ND: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+        q_NX, _ = self.q_proj(h_ND)
+        q_NX = self.q_norm(q_NX)
+        if self.rotary_emb is not None:
+            q_NX, _ = self.rotary_emb(positions_N, q_NX, None)
+        out_ND, _ = self.o_proj(self.read(q_NX, written))
+        return out_ND
+
+
+class DecoderLayer(nn.Module):
+    """Norms, feed-forward and residual stream; the subclasses bring the attention, named as in the checkpoint."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        config: YocoUConfig = vllm_config.model_config.hf_config
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = LlamaMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            config.hidden_act,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.mlp",
+        )
+
+    def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor, source) -> torch.Tensor:
+        """`source` is what the attention reads: the iteration in the self-decoder, the written token in the other."""
+        x_ND = x_ND + self.attention(positions_N, self.input_layernorm(x_ND), source)
+        return x_ND + self.mlp(self.post_attention_layernorm(x_ND))
+
+
+class SelfDecoderLayer(DecoderLayer):
+    def __init__(self, vllm_config: VllmConfig, layer: int, prefix: str, cache_prefix: str):
+        super().__init__(vllm_config, prefix)
+        self.self_attn = LoopedWindowAttention(vllm_config, layer, f"{prefix}.self_attn", cache_prefix)
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.self_attn
+
+
+class CrossDecoderLayer(DecoderLayer):
+    def __init__(self, vllm_config: VllmConfig, cache: GlobalAttention, prefix: str):
+        super().__init__(vllm_config, prefix)
+        self.cross_attn = CrossAttention(vllm_config, cache, f"{prefix}.cross_attn")
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.cross_attn
+
+
+class Decoder(nn.Module):
+    """A stack of layers, so that the checkpoint's names read `self_decoder.layers.0` and `cross_decoder.layers.0`."""
+
+    def __init__(self, layers: Iterable[DecoderLayer]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor, source) -> torch.Tensor:
+        for layer in self.layers:
+            x_ND = layer(positions_N, x_ND, source)
+        return x_ND
+
+
+class YocoUModel(nn.Module):
+    """Embedding, T times the self-decoder, the global KV, the cross-decoder, the final norm."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        config: YocoUConfig = vllm_config.model_config.hf_config
+        self.num_iterations = config.num_iterations
+        self.embedding_multiplier = config.embedding_multiplier
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.embed_tokens",
+        )
+        cache_prefix = f"{prefix}.kv_cache"
+        self.self_decoder = Decoder(
+            SelfDecoderLayer(vllm_config, i, f"{prefix}.self_decoder.layers.{i}", cache_prefix)
+            for i in range(config.num_self_decoder_layers)
+        )
+        self.global_kv = GlobalKV(vllm_config, f"{prefix}.global_kv", cache_prefix)
+        self.cross_decoder = Decoder(
+            CrossDecoderLayer(vllm_config, self.global_kv.cache, f"{prefix}.cross_decoder.layers.{j}")
+            for j in range(config.num_cross_decoder_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self._pack_caches()
+
+    def _pack_caches(self) -> None:
+        windows = [window for layer in self.self_decoder.layers for window in layer.self_attn.windows]
+        global_cache = self.global_kv.cache
+        packing = choose_packing(
+            window_caches=len(windows),
+            block=smallest_block(global_cache.attn_backend),
+            window_bytes=windows[0].token_bytes,
+            global_bytes=global_cache.token_bytes,
+        )
+        for cache in (*windows, global_cache):
+            cache.packing = packing
+
+    def embed_input_ids(self, input_ids_N: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(input_ids_N) * self.embedding_multiplier
+
+    def forward(
+        self, input_ids_N: torch.Tensor | None, positions_N: torch.Tensor, x_ND: torch.Tensor | None
+    ) -> torch.Tensor:
+        if x_ND is None:
+            x_ND = self.embed_input_ids(input_ids_N)
+        for iteration in range(self.num_iterations):
+            x_ND = self.self_decoder(positions_N, x_ND, iteration)
+        written = self.global_kv(positions_N, x_ND)
+        x_ND = self.cross_decoder(positions_N, x_ND, written)
+        return self.norm(x_ND)
+
+
+class YocoUForCausalLM(nn.Module):
+    """The architecture that vLLM's registry names."""
+
+    packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "kv_proj": ["k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={
+            ".self_attn.q_proj": (".self_attn.qkv_proj", "q"),
+            ".self_attn.k_proj": (".self_attn.qkv_proj", "k"),
+            ".self_attn.v_proj": (".self_attn.qkv_proj", "v"),
+            ".global_kv.k_proj": (".global_kv.kv_proj", "k"),
+            ".global_kv.v_proj": (".global_kv.kv_proj", "v"),
+            ".gate_proj": (".gate_up_proj", 0),
+            ".up_proj": (".gate_up_proj", 1),
+        }
+    )
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        self.config: YocoUConfig = vllm_config.model_config.hf_config
+        self.quantized = vllm_config.quant_config is not None
+        self.model = YocoUModel(vllm_config, maybe_prefix(prefix, "model"))
+        self.lm_head = ParallelLMHead(
+            self.config.vocab_size,
+            self.config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
+        )
+        if self.config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.model(input_ids, positions, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        # Quantized checkpoints name and shape their tensors as their method does, and vLLM checks them.
+        if not self.quantized:
+            weights = verified(weights, self.config)
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
