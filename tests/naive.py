@@ -1,0 +1,121 @@
+"""YOCO-U written out from its definition: one token at a time, plain loops, no cache, float64. The oracle's oracle.
+
+It reads a state dict by the checkpoint's names and shares no code with the reference model.
+"""
+
+import math
+
+import torch
+
+
+def logits(weights: dict[str, torch.Tensor], config, token_ids: list[int]) -> torch.Tensor:
+    """(N, vocab_size) in float64."""
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    x = [w["model.embed_tokens.weight"][token] * config.embedding_multiplier for token in token_ids]
+    for _ in range(config.num_iterations):
+        for i in range(config.num_self_decoder_layers):
+            x = self_layer(w, config, f"model.self_decoder.layers.{i}", x)
+    keys, values = global_kv(w, config, x)
+    for j in range(config.num_hidden_layers - config.num_self_decoder_layers):
+        x = cross_layer(w, config, f"model.cross_decoder.layers.{j}", x, keys, values)
+    head = w["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
+    return torch.stack([head @ rms_norm(row, w["model.norm.weight"], config) for row in x])
+
+
+def self_layer(w, config, layer: str, x: list) -> list:
+    h = [rms_norm(row, w[f"{layer}.input_layernorm.weight"], config) for row in x]
+    sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    normed = config.qk_norm in ("self", "all")
+    q = projected(w, f"{layer}.self_attn.q", h, sizes[0], config, normed, rope=True)
+    k = projected(w, f"{layer}.self_attn.k", h, sizes[1], config, normed, rope=True)
+    v = projected(w, f"{layer}.self_attn.v", h, sizes[1], config, normed=False, rope=False)
+    attended = attention(q, k, v, config.head_dim, window=config.sliding_window)
+    x = [row + w[f"{layer}.self_attn.o_proj.weight"] @ out for row, out in zip(x, attended, strict=True)]
+    return feed_forward(w, config, layer, x)
+
+
+def global_kv(w, config, x: list):
+    g = [rms_norm(row, w["model.global_kv.norm.weight"], config) for row in x]
+    heads = config.cross_num_key_value_heads
+    k = projected(w, "model.global_kv.k", g, heads, config, config.qk_norm == "all", config.cross_decoder_rope)
+    return k, projected(w, "model.global_kv.v", g, heads, config, normed=False, rope=False)
+
+
+def cross_layer(w, config, layer: str, x: list, keys: list, values: list) -> list:
+    h = [rms_norm(row, w[f"{layer}.input_layernorm.weight"], config) for row in x]
+    heads, normed = config.cross_num_attention_heads, config.qk_norm == "all"
+    q = projected(w, f"{layer}.cross_attn.q", h, heads, config, normed, config.cross_decoder_rope)
+    attended = attention(q, keys, values, config.cross_head_dim, window=len(x))
+    x = [row + w[f"{layer}.cross_attn.o_proj.weight"] @ out for row, out in zip(x, attended, strict=True)]
+    return feed_forward(w, config, layer, x)
+
+
+def projected(w, name: str, h: list, heads: int, config, normed: bool, rope: bool) -> list[list]:
+    """[position][head] -> vector of d."""
+    rows = []
+    for position, row in enumerate(h):
+        vectors = list((w[f"{name}_proj.weight"] @ row).chunk(heads))
+        if normed:
+            vectors = [rms_norm(vector, w[f"{name}_norm.weight"], config) for vector in vectors]
+        if rope:
+            vectors = [rotated(vector, position, config) for vector in vectors]
+        rows.append(vectors)
+    return rows
+
+
+def rotated(vector, position: int, config):
+    d, theta = len(vector), config.rope_parameters["rope_theta"]
+    out = vector.clone()
+    for pair in range(d // 2):
+        if config.rope_parameters["rope_type"] == "yoco2024":
+            frequency = theta ** -(pair / (d // 2 - 1))
+        else:
+            frequency = theta ** (-2 * pair / d)
+        a, b = (2 * pair, 2 * pair + 1) if config.rope_interleaved else (pair, pair + d // 2)
+        cos, sin = math.cos(position * frequency), math.sin(position * frequency)
+        out[a] = vector[a] * cos - vector[b] * sin
+        out[b] = vector[b] * cos + vector[a] * sin
+    return out
+
+
+def attention(q: list, k: list, v: list, d: int, window: int) -> list:
+    group = len(q[0]) // len(k[0])
+    rows = []
+    for position, heads in enumerate(q):
+        visible = range(max(0, position - window + 1), position + 1)
+        outputs = []
+        for head, query in enumerate(heads):
+            scores = torch.stack([query @ k[past][head // group] / math.sqrt(d) for past in visible])
+            weights = torch.exp(scores - scores.max())
+            weights = weights / weights.sum()
+            outputs.append(sum(weight * v[past][head // group] for weight, past in zip(weights, visible, strict=True)))
+        rows.append(torch.cat(outputs))
+    return rows
+
+
+def feed_forward(w, config, layer: str, x: list) -> list:
+    h = [rms_norm(row, w[f"{layer}.post_attention_layernorm.weight"], config) for row in x]
+    block = experts if config.num_experts else swiglu
+    return [row + block(w, f"{layer}.mlp", normed, config) for row, normed in zip(x, h, strict=True)]
+
+
+def swiglu(w, name: str, h, config=None):
+    gate, up = w[f"{name}.gate_proj.weight"] @ h, w[f"{name}.up_proj.weight"] @ h
+    return w[f"{name}.down_proj.weight"] @ (gate / (1 + torch.exp(-gate)) * up)
+
+
+def experts(w, name: str, h, config):
+    scores = torch.exp(w[f"{name}.gate.weight"] @ h)
+    scores = scores / scores.sum()
+    chosen = sorted(range(config.num_experts), key=lambda e: -scores[e])[: config.num_experts_per_tok]
+    total = sum(scores[e] for e in chosen) if config.norm_topk_prob else 1.0
+    out = sum(scores[e] / total * swiglu(w, f"{name}.experts.{e}", h) for e in chosen)
+    if config.shared_expert_intermediate_size:
+        gate = w.get(f"{name}.shared_expert_gate.weight")
+        share = 1.0 if gate is None else 1 / (1 + torch.exp(-(gate[0] @ h)))
+        out = out + share * swiglu(w, f"{name}.shared_expert", h)
+    return out
+
+
+def rms_norm(x, weight, config):
+    return x / torch.sqrt((x * x).mean() + config.rms_norm_eps) * weight

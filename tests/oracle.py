@@ -1,0 +1,54 @@
+"""What a served model may differ from the reference: the project's bound of exactness in float32.
+
+No greedy token may differ where the reference's best two logits are more than MARGIN apart, and no log probability by
+more than three times the reference's own difference between float32 and float64.
+"""
+
+import copy
+
+import torch
+
+from vllm_yocou.reference import YocoUForCausalLM
+
+MARGIN = 1e-3
+
+
+class Oracle:
+    def __init__(self, model: YocoUForCausalLM):
+        self.single = model
+        self.double = copy.deepcopy(model).double()
+        self.rounding = 0.0  # largest float32-float64 difference seen
+        self.difference = 0.0  # largest served-reference difference seen
+        self.compared = 0
+
+    @torch.inference_mode()
+    def log_probabilities(self, token_ids: list[int]) -> torch.Tensor:
+        """(N, vocab_size) of the float32 reference; notes its own rounding on the way."""
+        tokens = torch.tensor([token_ids])
+        single = self.single(tokens).logits[0].log_softmax(-1)
+        double = self.double(tokens).logits[0].log_softmax(-1)
+        self.rounding = max(self.rounding, (single - double).abs().max().item())
+        return single
+
+    def compare(self, prompt: list[int], output) -> None:
+        """Note the differences of one vLLM RequestOutput and check its greedy tokens."""
+        completion = output.outputs[0]
+        expected = self.log_probabilities([*prompt, *completion.token_ids])
+        for step, (token, served) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
+            row = expected[len(prompt) - 1 + step]
+            best, second = row.topk(2).values
+            assert token == row.argmax() or best - second <= MARGIN, f"token {step} of a {len(prompt)}-token prompt"
+            self._note(served, row)
+        for position, served in enumerate(output.prompt_logprobs or []):
+            if served is not None:
+                self._note(served, expected[position - 1])
+
+    def _note(self, served: dict, row: torch.Tensor) -> None:
+        for token, entry in served.items():
+            self.difference = max(self.difference, abs(entry.logprob - row[token].item()))
+            self.compared += 1
+
+    def check(self) -> None:
+        print(f"|Δlogprob| {self.difference:.1e} over {self.compared} values; the reference's own {self.rounding:.1e}")
+        assert self.compared > 0
+        assert self.difference <= 3 * self.rounding

@@ -1,0 +1,142 @@
+"""Every impossible value is refused with its name, its value and a remedy, however it arrives."""
+
+import json
+import logging
+
+import pytest
+import tiny
+from transformers import AutoConfig
+
+from vllm_yocou.config import YocoUConfig
+
+IMPOSSIBLE = [
+    (dict(num_iterations=0), "num_iterations is 0: it must be a whole number of at least 1"),
+    (dict(num_iterations=2.5), "num_iterations is 2.5: it must be a whole number"),
+    (dict(num_iterations="3"), "num_iterations is '3': it must be a whole number"),
+    (dict(num_iterations=True), "num_iterations is True: it must be a whole number"),
+    (dict(sliding_window=0), "sliding_window is 0: it must be a whole number of at least 1"),
+    (dict(sliding_window=None), "sliding_window is None: it must be a whole number of at least 1"),
+    (dict(vocab_size=-5), "vocab_size is -5"),
+    (dict(num_self_decoder_layers=0), "num_self_decoder_layers is 0"),
+    (dict(num_self_decoder_layers=4), "num_self_decoder_layers is 4 of num_hidden_layers 4: choose it between 1 and 3"),
+    (dict(num_key_value_heads=3), "num_attention_heads 4 is not divisible by num_key_value_heads 3"),
+    (dict(cross_num_key_value_heads=3), "cross_num_attention_heads 4 is not divisible by cross_num_key_value_heads 3"),
+    (dict(head_dim=33), "head_dim is 33: RoPE rotates pairs, choose an even size"),
+    (dict(cross_head_dim=33, cross_decoder_rope=True), "cross_head_dim is 33: RoPE rotates pairs"),
+    (dict(qk_norm="q"), "qk_norm is 'q': choose one of none, self, all"),
+    (dict(hidden_act="gelu"), "hidden_act is 'gelu': .* set 'silu'"),
+    (dict(rms_norm_eps=0), "rms_norm_eps is 0: it must be a positive finite number"),
+    (dict(embedding_multiplier=float("inf")), "embedding_multiplier is inf"),
+    (dict(rope_interleaved="yes"), "rope_interleaved is 'yes': it must be true or false"),
+    (dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_type is 'yarn': YOCO-U knows default and yoco2024"),
+    (dict(rope_parameters={"factor": 4.0}), "rope_parameters has 'factor'"),
+    (dict(rope_theta=-1.0), "rope_theta is -1.0"),
+    (dict(num_experts=8), "num_experts given without num_experts_per_tok, moe_intermediate_size"),
+    (
+        dict(num_experts=4, num_experts_per_tok=5, moe_intermediate_size=8),
+        "num_experts_per_tok is 5 of num_experts 4",
+    ),
+    (dict(shared_expert_intermediate_size=8), "shared_expert_intermediate_size is 8 without num_experts"),
+    (dict(universal_loop=3), "config key 'universal_loop' is 3: it belongs to another YOCO schema, convert"),
+    (dict(n_self_heads=3), "config key 'n_self_heads' is 3: .* convert the checkpoint"),
+] + [
+    (dict([(switch, True)]), f"config key '{switch}' is True: .* use a checkpoint trained without it")
+    for switch in ("diff_attention", "diff_v2", "diff_v3", "gated_attention", "qk_rms_clip", "swiglu_limit", "attention_bias")
+]
+NAMES = [" ".join(f"{key}={value}" for key, value in overrides.items()) for overrides, _ in IMPOSSIBLE]
+
+
+@pytest.mark.parametrize("overrides, message", IMPOSSIBLE, ids=NAMES)
+def test_impossible_values_are_refused_on_construction(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.config(**overrides)
+
+
+@pytest.mark.parametrize("overrides, message", IMPOSSIBLE, ids=NAMES)
+def test_impossible_values_are_refused_as_overrides(overrides, message):
+    """`update` is what vLLM calls with --hf-overrides."""
+    with pytest.raises(ValueError, match=message):
+        tiny.config().update(overrides)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"])
+def test_missing_sizes_are_refused(key):
+    with pytest.raises(ValueError, match=f"config key '{key}' is missing"):
+        tiny.config(**{key: None})
+
+
+def test_one_layer_is_refused():
+    with pytest.raises(ValueError, match="num_self_decoder_layers"):
+        tiny.config(num_hidden_layers=1, num_self_decoder_layers=None)
+
+
+def test_head_size_must_be_given_where_it_cannot_be_derived():
+    with pytest.raises(ValueError, match="hidden_size 96 is not divisible by num_attention_heads 7"):
+        tiny.config(num_attention_heads=7, num_key_value_heads=7, head_dim=None)
+
+
+def test_defaults_are_the_formats():
+    cfg = YocoUConfig(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+    )
+    assert (cfg.num_self_decoder_layers, cfg.num_cross_decoder_layers) == (2, 3)
+    assert (cfg.num_iterations, cfg.sliding_window, cfg.rms_norm_eps) == (3, 512, 1e-6)
+    assert (cfg.num_key_value_heads, cfg.head_dim) == (4, 16)
+    assert (cfg.cross_num_attention_heads, cfg.cross_num_key_value_heads, cfg.cross_head_dim) == (4, 4, 16)
+    assert cfg.rope_parameters == {"rope_theta": 10000.0, "rope_type": "default"}
+    assert (cfg.qk_norm, cfg.rope_interleaved, cfg.cross_decoder_rope, cfg.tie_word_embeddings) == ("none",) + (False,) * 3
+    assert (cfg.embedding_multiplier, cfg.norm_topk_prob, cfg.is_moe) == (1.0, True, False)
+    assert cfg.layer_types == ["sliding_attention"] * 2 + ["full_attention"] * 3
+
+
+def test_harmless_switches_pass():
+    assert tiny.config(attention_bias=False, qk_rms_clip=None).num_iterations == 3
+
+
+@pytest.mark.parametrize("spelling", [dict(rope_theta=500.0), dict(rope_parameters={"rope_theta": 500.0})])
+def test_both_spellings_of_rope_theta(tmp_path, spelling):
+    cfg = tiny.config(**spelling)
+    assert cfg.rope_parameters == {"rope_theta": 500.0, "rope_type": "default"}
+    cfg.update({"rope_theta": 700.0})
+    assert cfg.rope_parameters["rope_theta"] == 700.0
+    cfg.save_pretrained(tmp_path)
+    assert YocoUConfig.from_pretrained(tmp_path).rope_parameters == cfg.rope_parameters
+
+
+def test_saved_config_names_every_key(tmp_path):
+    cfg = tiny.moe_config()
+    cfg.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model_type"] == "yoco_u"
+    for key in ("num_self_decoder_layers", "cross_head_dim", "qk_norm", "num_iterations", "norm_topk_prob", "rope_parameters"):
+        assert saved[key] == getattr(cfg, key)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is YocoUConfig and loaded.to_diff_dict() == cfg.to_diff_dict()
+
+
+@pytest.mark.parametrize("how", ["update", "from_pretrained"])
+def test_overriding_the_iterations_warns_once_with_the_trained_depth(tmp_path, caplog, how):
+    depth = {"update": 7, "from_pretrained": 8}[how]  # the warning is once per text and process
+    tiny.config(num_iterations=3).save_pretrained(tmp_path)
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            if how == "update":
+                cfg = YocoUConfig.from_pretrained(tmp_path)
+                cfg.update({"num_iterations": depth})
+            else:
+                cfg = YocoUConfig.from_pretrained(tmp_path, num_iterations=depth)
+    assert cfg.num_iterations == depth
+    warnings = [record.getMessage() for record in caplog.records if "num_iterations" in record.getMessage()]
+    assert len(warnings) == 1 and f"overridden to {depth}: the checkpoint was trained with 3" in warnings[0]
+
+
+def test_impossible_overrides_are_refused_on_loading(tmp_path):
+    tiny.config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="num_iterations is 0"):
+        YocoUConfig.from_pretrained(tmp_path, num_iterations=0)

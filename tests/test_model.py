@@ -1,0 +1,153 @@
+"""The served model against the reference, in float32 and in this process, for every variant of the architecture.
+
+One engine a variant: chunks of an odd number of tokens, a pool of blocks that cannot hold all requests, prefix caching.
+"""
+
+import gc
+
+import pytest
+import tiny
+import torch
+from oracle import Oracle
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from vllm_yocou.reference import YocoUForCausalLM
+
+CHUNK = 37
+CONTEXT = 1024
+
+
+def start(folder, **settings) -> LLM:
+    defaults = dict(
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=CONTEXT,
+        max_num_batched_tokens=CHUNK,
+        max_num_seqs=8,
+        disable_log_stats=False,
+    )
+    return LLM(str(folder), **defaults | settings)
+
+
+def stop(llm: LLM) -> None:
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def generate(llm: LLM, prompts: list[list[int]], tokens: int = 12, **sampling):
+    settings = dict(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=5, detokenize=False)
+    parameters = SamplingParams(**settings | sampling)
+    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
+
+
+def metric(llm: LLM, name: str) -> float:
+    return sum(found.value for found in llm.get_metrics() if found.name == name)
+
+
+class Served:
+    """An engine over a random checkpoint, beside its oracle."""
+
+    def __init__(self, folder, overrides: dict):
+        self.model = tiny.model(tiny.config(**overrides))
+        self.model.save_pretrained(folder, max_shard_size="200KB")
+        assert (folder / "model.safetensors.index.json").exists()
+        self.oracle = Oracle(self.model)
+        self.llm = start(folder, kv_cache_memory_bytes=self.pool_bytes())
+
+    def pool_bytes(self) -> int:
+        """Room for little more than one context of global KV and its windows."""
+        cfg = self.model.config
+        window = cfg.num_key_value_heads * cfg.head_dim * cfg.num_iterations * cfg.num_self_decoder_layers
+        return int(1.3 * 4 * 2) * (cfg.cross_num_key_value_heads * cfg.cross_head_dim * CONTEXT + window * 256)
+
+    def check(self, prompts: list[list[int]], **sampling) -> list:
+        self.oracle = Oracle(self.model)
+        outputs = generate(self.llm, prompts, **sampling)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            self.oracle.compare(prompt, output)
+        self.oracle.check()
+        return outputs
+
+    @property
+    def groups(self) -> list:
+        return self.llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+
+    @property
+    def global_block(self) -> int:
+        return max(group.kv_cache_spec.block_size for group in self.groups)
+
+
+@pytest.fixture(scope="module", params=tiny.VARIANTS)
+def served(request, tmp_path_factory):
+    built = Served(tmp_path_factory.mktemp("checkpoint"), tiny.VARIANTS[request.param])
+    yield built
+    llm, built.llm = built.llm, None
+    stop(llm)
+
+
+def test_lengths_from_one_token_to_twenty_windows(served):
+    W = served.model.config.sliding_window
+    lengths = {1, 2, 3, W - 1, W, W + 1, 2 * W + 1, 20 * W + 7, 31, 32, 33, 95, 193, 350} - {0}
+    prompts = [tiny.prompt(length) for length in sorted(lengths)]
+    served.check(prompts, prompt_logprobs=2)
+
+
+def test_preempted_requests_are_exact(served):
+    """Eight requests grow, token by token, until the pool cannot hold them."""
+    before = metric(served.llm, "vllm:num_preemptions")
+    config = served.llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+    length = (config.num_blocks // 8 + 1) * served.global_block
+    served.check([tiny.prompt(40, seed) for seed in range(8)], tokens=length - 39)
+    assert metric(served.llm, "vllm:num_preemptions") > before
+
+
+def test_shared_prefixes_are_exact_and_hit_whole_global_blocks(served):
+    block = served.global_block
+    shared = tiny.prompt(2 * block + 5, seed=77)
+    served.check([shared], tokens=2)
+    outputs = served.check([shared + tiny.prompt(length, seed=78) for length in (1, 9, 40)])
+    # vLLM's own manager finds no hit for a window of one token; nothing is wrong then, only computed again.
+    hit = 2 * block if served.model.config.sliding_window > 1 else 0
+    assert [output.num_cached_tokens for output in outputs] == [hit] * 3
+
+
+def test_window_caches_are_packed_behind_one_global_cache(served):
+    cfg = served.model.config
+    layers = sorted(len(group.layer_names) for group in served.groups)
+    assert sum(layers) == cfg.num_iterations * cfg.num_self_decoder_layers + 1
+    assert len(layers) == 2
+
+
+def test_iterations_and_window_come_from_the_config_alone(tmp_path):
+    """T overridden at load time is the reference at that T, and the global cache inherits no window."""
+    model = tiny.model(tiny.config(num_iterations=3))
+    model.save_pretrained(tmp_path)
+    overridden = YocoUForCausalLM.from_pretrained(tmp_path, num_iterations=2).eval()
+    llm = start(tmp_path, kv_cache_memory_bytes=64 << 20, hf_overrides={"num_iterations": 2})
+    oracle, prompts = Oracle(overridden), [tiny.prompt(length) for length in (1, 50, 333)]
+    for prompt, output in zip(prompts, generate(llm, prompts), strict=True):
+        oracle.compare(prompt, output)
+    oracle.check()
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    caches = runner.vllm_config.compilation_config.static_forward_context
+    assert [cache.sliding_window for cache in caches.values()] == [16] * 4 + [None]
+    stop(llm)
+
+
+def test_a_wrong_checkpoint_is_refused_by_tensor_names(tmp_path):
+    tiny.model(tiny.config(qk_norm="self")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="missing: model.cross_decoder.layers.0.cross_attn.q_norm.weight, "):
+        start(tmp_path, hf_overrides={"qk_norm": "all"}, kv_cache_memory_bytes=64 << 20)
+    cleanup_dist_env_and_memory()
+
+
+def test_the_bound_can_fail():
+    """A reference with another window is far outside the bound."""
+    model = tiny.model(tiny.config())
+    oracle = Oracle(model)
+    right = oracle.log_probabilities(tiny.prompt(60))
+    model.config.sliding_window = 17
+    wrong = model(torch.tensor([tiny.prompt(60)])).logits[0].log_softmax(-1)
+    assert (wrong - right).abs().max() > 100 * 3 * oracle.rounding

@@ -1,0 +1,66 @@
+"""The plugin may run in anybody's vLLM process: cheap, repeatable, silent, and never an exception."""
+
+import logging
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+from vllm_yocou import registration
+
+
+def test_entry_point_is_the_registration():
+    (found,) = (entry for entry in entry_points(group="vllm.general_plugins") if entry.name == "yocou")
+    assert found.load() is registration.register
+
+
+def test_registering_again_changes_nothing():
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    registration.register()
+    hooks, architectures = dict(MODELS_CONFIG_MAP), set(ModelRegistry.get_supported_archs())
+    assert registration.ARCHITECTURE in hooks and registration.ARCHITECTURE in architectures
+    registration.register()
+    assert hooks == MODELS_CONFIG_MAP and architectures == set(ModelRegistry.get_supported_archs())
+
+
+def test_registration_touches_no_other_model_and_imports_no_model_code():
+    program = """
+import logging, sys
+import torch
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+before = dict(MODELS_CONFIG_MAP), dict(ModelRegistry.models), list(AttentionBackendEnum)
+loaded = set(sys.modules)
+from vllm_yocou.registration import ARCHITECTURE, register
+register()
+after = dict(MODELS_CONFIG_MAP), dict(ModelRegistry.models), list(AttentionBackendEnum)
+assert after[0].pop(ARCHITECTURE) and after[1].pop(ARCHITECTURE)
+assert before == after
+assert not torch.cuda.is_initialized()
+ours = {name for name in sys.modules if name.startswith("vllm_yocou")}
+assert ours == {"vllm_yocou", "vllm_yocou.registration", "vllm_yocou.config", "vllm_yocou.engine_config"}, ours
+assert not {name for name in set(sys.modules) - loaded if "modeling_" in name}
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_an_unsupported_vllm_gets_one_line(monkeypatch, caplog):
+    monkeypatch.setattr(registration, "_vllm_version", lambda: (0, 31, 2))
+    monkeypatch.setattr(registration, "_register", lambda: (_ for _ in ()).throw(AssertionError("must not be called")))
+    logging.getLogger("vllm").propagate = True
+    registration.register()
+    (record,) = caplog.records
+    assert "with vLLM 0.31.2: it supports vLLM 0.32, install one of these" in record.getMessage()
+
+
+def test_a_failure_is_a_line_and_not_an_exception(monkeypatch, caplog):
+    def broken():
+        raise ImportError("something moved")
+
+    monkeypatch.setattr(registration, "_register", broken)
+    logging.getLogger("vllm").propagate = True
+    registration.register()
+    (record,) = caplog.records
+    assert "could not register" in record.getMessage() and "something moved" in record.getMessage()

@@ -1,0 +1,91 @@
+"""Tiny YOCO-U models with random weights: the one place where the tests get their configs and checkpoints."""
+
+import torch
+
+from vllm_yocou.config import YocoUConfig
+from vllm_yocou.reference import YocoUForCausalLM
+
+VOCABULARY = 211
+
+# Every property of the architecture appears in some variant; the names are the test ids.
+VARIANTS = {
+    "T1-S2-C2-nope-mha": dict(num_iterations=1, num_attention_heads=2, num_key_value_heads=2, sliding_window=16),
+    "T2-S1-C3-rope-tied-W33": dict(
+        num_iterations=2,
+        num_self_decoder_layers=1,
+        cross_decoder_rope=True,
+        qk_norm="self",
+        tie_word_embeddings=True,
+        sliding_window=33,
+        cross_num_attention_heads=2,
+        cross_num_key_value_heads=1,
+        cross_head_dim=64,
+    ),
+    "T3-S3-C2-qknorm-interleaved-W7": dict(
+        num_hidden_layers=5,
+        num_self_decoder_layers=3,
+        num_iterations=3,
+        qk_norm="all",
+        rope_interleaved=True,
+        sliding_window=7,
+        embedding_multiplier=2.5,
+        cross_num_attention_heads=6,
+        cross_num_key_value_heads=3,
+    ),
+    "T5-S2-C1-rope-qknorm-W1": dict(
+        num_hidden_layers=3,
+        num_self_decoder_layers=2,
+        num_iterations=5,
+        cross_decoder_rope=True,
+        qk_norm="all",
+        sliding_window=1,
+        num_key_value_heads=1,
+    ),
+    "T2-yoco2024": dict(
+        num_iterations=2,
+        rope_parameters={"rope_type": "yoco2024", "rope_theta": 10000.0},
+        rope_interleaved=True,
+        cross_decoder_rope=True,
+    ),
+}
+
+
+def config(**overrides) -> YocoUConfig:
+    """S = C = 2, T = 3, W = 16, hidden 96, 4 query and 2 KV heads of 32: small, but nothing is the size of another."""
+    sizes = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=4,
+        num_self_decoder_layers=2,
+        num_iterations=3,
+        sliding_window=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+    )
+    return YocoUConfig(**sizes | overrides)
+
+
+def moe_config(**overrides) -> YocoUConfig:
+    experts = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=48, shared_expert_intermediate_size=64)
+    return config(**experts | overrides)
+
+
+def model(cfg: YocoUConfig, seed: int = 0) -> YocoUForCausalLM:
+    """Random weights large enough that every layer moves the logits; norm weights away from one."""
+    torch.manual_seed(seed)
+    built = YocoUForCausalLM(cfg).eval()
+    with torch.no_grad():
+        for parameter in built.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.08)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    return built
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    return torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()
