@@ -1,7 +1,7 @@
 """The King James Bible as a corpus: chapters of verses, every twentieth chapter held out.
 
-Source: Debian's packages `bible-kjv` (the reader) and `bible-kjv-text` (the text, in the public domain outside the United
-Kingdom, where Crown letters patent restrict printing). No installation is needed:
+Source: Debian's packages `bible-kjv` (the reader) and `bible-kjv-text` (the text, in the public domain outside the
+United Kingdom, where Crown letters patent restrict printing). No installation is needed:
 
     apt-get download bible-kjv bible-kjv-text && for p in bible-kjv*.deb; do dpkg -x $p kjv; done
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 HELD_OUT_EVERY = 20
 
 # fmt: off
+# ruff: noqa: E501
 BOOKS = [
     "Genesis", "Exodus", "Leviticus", "Numbers", "Deuteronomy", "Joshua", "Judges", "Ruth", "1 Samuel", "2 Samuel",
     "1 Kings", "2 Kings", "1 Chronicles", "2 Chronicles", "Ezra", "Nehemiah", "Esther", "Job", "Psalm", "Proverbs",

@@ -110,7 +110,8 @@ class Rows(Dataset):
 
 def pieces(tokenizer, chapters: list[corpus.Chapter]) -> list[torch.Tensor]:
     """Held-out chapters cut into rows of at most SEQUENCE tokens. The first token of a row is given, not scored."""
-    return [row for chapter in chapters for row in torch.tensor(plain(tokenizer, chapter)).split(SEQUENCE) if len(row) > 1]
+    rows = [row for chapter in chapters for row in torch.tensor(plain(tokenizer, chapter)).split(SEQUENCE)]
+    return [row for row in rows if len(row) > 1]
 
 
 @torch.inference_mode()
@@ -121,7 +122,7 @@ def model_nats(model: YocoUForCausalLM, rows: list[torch.Tensor]) -> float:
 
 
 def ngram_nats(training: torch.Tensor, rows: list[torch.Tensor]) -> tuple[float, float]:
-    """The same figure for a unigram (add one) and a bigram model (absolute discounting, 0.75, back-off to the unigram)."""
+    """The same figure for a unigram (add one) and a bigram model (absolute discounting, back-off to the unigram)."""
     V, discount = VOCABULARY, 0.75
     unigram_V = (torch.bincount(training, minlength=V) + 1).double()
     unigram_V /= unigram_V.sum()
@@ -199,7 +200,8 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
     end = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END)]
-    GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=end, temperature=0.7, top_p=0.9, do_sample=True).save_pretrained(
+    sampling = dict(do_sample=True, temperature=0.7, top_p=0.9)
+    GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=end, **sampling).save_pretrained(
         arguments.output
     )
     draw_loss(trainer.state.log_history, arguments.output / "loss.png")

@@ -1,10 +1,61 @@
-"""Settings that every test needs before torch starts its threads."""
+"""Settings that every test needs before torch starts its threads, and the one server that the online tests share."""
 
 import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TRAINED = ROOT / "examples" / "yoco-u-kjv"
+START_SECONDS = 180
 
 # Tiny tensors: a second thread costs more than it brings. In-process engines bind no threads by themselves either.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-os.environ["VLLM_NO_USAGE_STATS"] = "1"
 # Engines of the tests live in the test process, where scheduler and runner can be looked at.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+
+
+def user_environment() -> dict[str, str]:
+    """The environment of a person who starts a program: without the settings for engines inside the tests."""
+    ours = ("OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING")
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    model: str
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """The trained checkpoint behind vLLM's OpenAI server, started as `make serve` does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    start = [sys.executable, str(ROOT / "examples" / "serve.py"), str(TRAINED), "--port", str(port)]
+    with log.open("w") as out:
+        # `timeout` bounds its life, whatever becomes of the tests.
+        process = subprocess.Popen(
+            ["timeout", "1200", *start], stdout=out, stderr=subprocess.STDOUT, env=user_environment()
+        )
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while "Ready. Paste" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, "the server did not get ready"
+            time.sleep(0.5)
+        yield Server(f"http://127.0.0.1:{port}", TRAINED.name)
+    except BaseException:
+        print(log.read_text()[-5000:])
+        raise
+    finally:
+        process.terminate()
+        process.wait(60)

@@ -19,7 +19,7 @@ def test_the_papers_shape_needs_few_groups(block, layers, groups):
 
 @pytest.mark.parametrize("windows", [1, 2, 5, 7, 12, 30, 36, 77])
 @pytest.mark.parametrize("block", [16, 32])
-@pytest.mark.parametrize("window_bytes, global_bytes", [(1024, 1024), (1024, 512), (512, 1024), (768, 1024), (1024, 640)])
+@pytest.mark.parametrize("window_bytes, global_bytes", [(8, 8), (8, 4), (4, 8), (6, 8), (8, 5)])
 def test_every_window_page_finds_room_and_no_group_is_ragged(windows, block, window_bytes, global_bytes):
     chosen = packing(windows, block, window_bytes, global_bytes)
     F = chosen.layers_per_block

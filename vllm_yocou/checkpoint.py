@@ -15,7 +15,7 @@ NAMED = 6  # tensors that an error lists by name before it counts the rest
 
 def expected_shapes(config: YocoUConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a dense checkpoint; matrices are (out, in) as in torch.nn.Linear."""
-    D, V, I = config.hidden_size, config.vocab_size, config.intermediate_size
+    D, V = config.hidden_size, config.vocab_size
     H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     Hc, Kc, dc = config.cross_num_attention_heads, config.cross_num_key_value_heads, config.cross_head_dim
     self_norms = config.qk_norm in ("self", "all")
@@ -26,7 +26,7 @@ def expected_shapes(config: YocoUConfig) -> dict[str, tuple[int, ...]]:
         shapes["lm_head.weight"] = (V, D)
     for i in range(config.num_self_decoder_layers):
         layer = f"model.self_decoder.layers.{i}"
-        shapes |= _layer_shapes(layer, D, I)
+        shapes |= _layer_shapes(layer, D, config.intermediate_size)
         shapes[f"{layer}.self_attn.q_proj.weight"] = (H * d, D)
         shapes[f"{layer}.self_attn.k_proj.weight"] = (K * d, D)
         shapes[f"{layer}.self_attn.v_proj.weight"] = (K * d, D)
@@ -39,7 +39,7 @@ def expected_shapes(config: YocoUConfig) -> dict[str, tuple[int, ...]]:
         shapes["model.global_kv.k_norm.weight"] = (dc,)
     for j in range(config.num_cross_decoder_layers):
         layer = f"model.cross_decoder.layers.{j}"
-        shapes |= _layer_shapes(layer, D, I)
+        shapes |= _layer_shapes(layer, D, config.intermediate_size)
         shapes[f"{layer}.cross_attn.q_proj.weight"] = (Hc * dc, D)
         shapes[f"{layer}.cross_attn.o_proj.weight"] = (D, Hc * dc)
         if cross_norms:
@@ -47,20 +47,18 @@ def expected_shapes(config: YocoUConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _layer_shapes(layer: str, D: int, I: int) -> dict[str, tuple[int, ...]]:
+def _layer_shapes(layer: str, D: int, width: int) -> dict[str, tuple[int, ...]]:
     return {
         f"{layer}.input_layernorm.weight": (D,),
         f"{layer}.post_attention_layernorm.weight": (D,),
-        f"{layer}.mlp.gate_proj.weight": (I, D),
-        f"{layer}.mlp.up_proj.weight": (I, D),
-        f"{layer}.mlp.down_proj.weight": (D, I),
+        f"{layer}.mlp.gate_proj.weight": (width, D),
+        f"{layer}.mlp.up_proj.weight": (width, D),
+        f"{layer}.mlp.down_proj.weight": (D, width),
     }
 
 
-def verified(
-    weights: Iterable[tuple[str, torch.Tensor]], config: YocoUConfig
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass on the tensors that fit; after the last one, raise ValueError if any was missing, unexpected or misshapen."""
+def verified(weights: Iterable[tuple[str, torch.Tensor]], config: YocoUConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass on the tensors that fit; then raise ValueError if any was missing, unexpected or misshapen."""
     expected = expected_shapes(config)
     missing, unexpected, misshapen = set(expected), [], []
     for name, tensor in weights:

@@ -1,9 +1,9 @@
 """Every YocoUConfig that exists describes a model that can be built: an impossible value is refused when it is set.
 
-The keys, their defaults and their meaning are the checkpoint format of YOCO-U (arXiv 2604.01220): S self-decoder layers
-with a sliding window of W tokens run T times with the same weights, then C cross-decoder layers read one global KV cache.
-The checks run on construction, on loading and on every override (`from_pretrained(..., num_iterations=2)`, vLLM's
-`--hf-overrides`), and each refusal is a ValueError that names the key, its value and the remedy.
+The keys, their defaults and their meaning are the checkpoint format of YOCO-U (arXiv 2604.01220): S self-decoder
+layers with a sliding window of W tokens run T times with the same weights, then C cross-decoder layers read one global
+KV cache. The checks run on construction, on loading and on every override (`from_pretrained(..., num_iterations=2)`,
+vLLM's `--hf-overrides`), and each refusal is a ValueError that names the key, its value and the remedy.
 """
 
 from typing import Any, ClassVar
@@ -62,7 +62,7 @@ class YocoUConfig(PreTrainedConfig):
         num_attention_heads, num_key_value_heads, head_dim: the self-decoder's.
         cross_num_attention_heads, cross_num_key_value_heads, cross_head_dim: the cross-decoder's and the global
             KV cache's, default the self-decoder's.
-        rope_parameters: `{"rope_theta": float, "rope_type": "default" | "yoco2024"}`; a plain `rope_theta` is taken too.
+        rope_parameters: `{"rope_theta": float, "rope_type": "default" | "yoco2024"}`; a plain `rope_theta` will do.
         rope_interleaved: even/odd RoPE layout instead of the half-split one.
         cross_decoder_rope: RoPE on the cross-decoder's queries and the global keys, default none (NoPE).
         qk_norm: per-head RMSNorm of q and k, "none", "self" (self-decoder) or "all" (both decoders).

@@ -31,6 +31,8 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        from vllm.config import CompilationMode
+
         parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
         if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
             raise ValueError(
@@ -47,3 +49,6 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
                 "--kv-sharing-fast-prefill cannot be used with YOCO-U: its cross-decoder has no KV-sharing layers in "
                 "vLLM's sense, leave the flag out."
             )
+        if vllm_config.compilation_config.mode is None:
+            # The model is not compiled as a whole; compiling single operations costs start-up and a C++ compiler.
+            vllm_config.compilation_config.mode = CompilationMode.NONE

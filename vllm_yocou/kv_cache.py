@@ -1,8 +1,8 @@
-"""T·S window caches and one global cache share one pool of blocks, and every block is filled to the last byte if it can be.
+"""T·S window caches and one global cache share one pool of blocks, and a block is filled to the last byte if it can be.
 
-A block of the pool holds either F window pages, one page of `window_block` tokens for each of F (iteration, layer) pairs,
-or one global page of `global_block` tokens, which is as many bytes. vLLM's scheduler then sees T·S/F window groups and
-one global group, so T·S/F + 1 block tables, however often the self-decoder loops.
+A block of the pool holds either F window pages, one page of `window_block` tokens for each of F (iteration, layer)
+pairs, or one global page of `global_block` tokens, which is as many bytes. vLLM's scheduler then sees T·S/F window
+groups and one global group, so T·S/F + 1 block tables, however often the self-decoder loops.
 """
 
 from dataclasses import dataclass

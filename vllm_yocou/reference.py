@@ -6,13 +6,10 @@ checkpointing), generates, and computes in float64 as well as in bfloat16.
 Shapes: B sequences, N tokens of this call, D hidden_size, H query and K key/value heads of size d.
 """
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMixin
@@ -22,13 +19,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.hub import cached_file
 from transformers.utils.output_capturing import capture_outputs
 
 from vllm_yocou.config import YocoUConfig
+from vllm_yocou.feed_forward import MLP, MoE, has_shared_expert_gate
 from vllm_yocou.rope import inverse_frequencies, rotate
-
-SHARED_EXPERT_GATE = "shared_expert_gate.weight"
 
 
 class WindowCacheLayer(DynamicSlidingWindowLayer):
@@ -47,55 +42,6 @@ class YocoUCache(Cache):
     def __init__(self, config: YocoUConfig):
         windows = config.num_iterations * config.num_self_decoder_layers
         super().__init__(layers=[WindowCacheLayer(config.sliding_window) for _ in range(windows)] + [DynamicLayer()])
-
-
-class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(h)) * up(h))."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, h_BND: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(h_BND)) * self.up_proj(h_BND))
-
-
-class MoE(nn.Module):
-    """Softmax over all experts, the top k of them, plus an optional (optionally gated) shared expert."""
-
-    def __init__(self, config: YocoUConfig):
-        super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.renormalise = config.norm_topk_prob
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = nn.ModuleList(
-            MLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts)
-        )
-        self.shared_expert = self.shared_expert_gate = None
-        if config.shared_expert_intermediate_size is not None:
-            self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size)
-            if config.shared_expert_gate:
-                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
-
-    def forward(self, h_BND: torch.Tensor) -> torch.Tensor:
-        h_ND = h_BND.flatten(0, -2)
-        probabilities_NE = self.gate(h_ND).to(at_least_float32(h_ND)).softmax(-1)
-        weights_Nk, chosen_Nk = probabilities_NE.topk(self.top_k)
-        if self.renormalise:
-            weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdim=True)
-        out_ND = torch.zeros_like(h_ND)
-        for e, expert in enumerate(self.experts):
-            rows, slots = (chosen_Nk == e).nonzero(as_tuple=True)
-            routed = expert(h_ND[rows]) * weights_Nk[rows, slots, None].to(h_ND.dtype)
-            out_ND = out_ND.index_add(0, rows, routed)
-        if self.shared_expert is not None:
-            shared_ND = self.shared_expert(h_ND)
-            if self.shared_expert_gate is not None:
-                shared_ND = shared_ND * self.shared_expert_gate(h_ND).sigmoid()
-            out_ND = out_ND + shared_ND
-        return out_ND.view_as(h_BND)
 
 
 class Attention(nn.Module):
@@ -387,19 +333,6 @@ def eager_attention(module, q_BHNd, k_BKLd, v_BKLd, mask, scaling: float, **kwar
         scores_BHNL = scores_BHNL + mask
     weights_BHNL = scores_BHNL.to(at_least_float32(q_BHNd)).softmax(-1).to(q_BHNd.dtype)
     return (weights_BHNL @ v_BHLd).transpose(1, 2), weights_BHNL
-
-
-def has_shared_expert_gate(checkpoint: str) -> bool:
-    """Whether a checkpoint's safetensors hold a shared-expert gate (the format says so by the weight alone)."""
-    index = cached_file(checkpoint, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    if index is not None:
-        names = json.loads(Path(index).read_text())["weight_map"]
-    else:
-        from safetensors import safe_open
-
-        with safe_open(cached_file(checkpoint, "model.safetensors"), framework="pt") as file:
-            names = file.keys()
-    return any(name.endswith(SHARED_EXPERT_GATE) for name in names)
 
 
 AutoConfig.register(YocoUConfig.model_type, YocoUConfig, exist_ok=True)

@@ -1,0 +1,49 @@
+"""What `pip install .` puts on a machine."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--quiet", "-w", str(folder)]
+    subprocess.run(build, check=True)
+    (path,) = folder.glob("vllm_yocou-*.whl")
+    return zipfile.ZipFile(path)
+
+
+def text(wheel: zipfile.ZipFile, ending: str) -> str:
+    (name,) = (name for name in wheel.namelist() if name.endswith(ending))
+    return wheel.read(name).decode()
+
+
+def test_both_folders_are_one_package(wheel):
+    names = set(wheel.namelist())
+    assert {f"vllm_yocou/{file.name}" for file in (ROOT / "vllm_yocou").glob("*.py")} <= names
+    assert {f"vllm_yocou/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")} <= names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"vllm_yocou"}
+
+
+def test_the_entry_point_is_vllms(wheel):
+    assert text(wheel, "entry_points.txt").split() == [
+        "[vllm.general_plugins]",
+        "yocou",
+        "=",
+        "vllm_yocou.registration:register",
+    ]
+
+
+def test_no_vllm_is_dragged_in_and_the_extras_exist(wheel):
+    metadata = text(wheel, "METADATA")
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    assert required and not [line for line in required if "vllm" in line]
+    extras = set(re.findall(r"^Provides-Extra: (\S+)", metadata, re.MULTILINE))
+    assert {"cpu", "eval", "test", "ray", "bench"} <= extras

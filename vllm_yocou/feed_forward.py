@@ -1,0 +1,77 @@
+"""The reference model's feed-forward: SwiGLU, alone or as the experts of a mixture.
+
+Shapes: N tokens, D hidden_size, E experts, k experts a token uses.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.nn import functional as F
+from transformers.utils.hub import cached_file
+
+from vllm_yocou.config import YocoUConfig
+
+SHARED_EXPERT_GATE = "shared_expert_gate.weight"
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(h)) * up(h))."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, h_BND: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(h_BND)) * self.up_proj(h_BND))
+
+
+class MoE(nn.Module):
+    """Softmax over all experts, the top k of them, plus an optional (optionally gated) shared expert."""
+
+    def __init__(self, config: YocoUConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.renormalise = config.norm_topk_prob
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(
+            MLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts)
+        )
+        self.shared_expert = self.shared_expert_gate = None
+        if config.shared_expert_intermediate_size is not None:
+            self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size)
+            if config.shared_expert_gate:
+                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, h_BND: torch.Tensor) -> torch.Tensor:
+        h_ND = h_BND.flatten(0, -2)
+        probabilities_NE = self.gate(h_ND).softmax(-1, dtype=torch.promote_types(h_ND.dtype, torch.float32))
+        weights_Nk, chosen_Nk = probabilities_NE.topk(self.top_k)
+        if self.renormalise:
+            weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdim=True)
+        out_ND = torch.zeros_like(h_ND)
+        for e, expert in enumerate(self.experts):
+            rows, slots = (chosen_Nk == e).nonzero(as_tuple=True)
+            routed = expert(h_ND[rows]) * weights_Nk[rows, slots, None].to(h_ND.dtype)
+            out_ND = out_ND.index_add(0, rows, routed)
+        if self.shared_expert is not None:
+            shared_ND = self.shared_expert(h_ND)
+            if self.shared_expert_gate is not None:
+                shared_ND = shared_ND * self.shared_expert_gate(h_ND).sigmoid()
+            out_ND = out_ND + shared_ND
+        return out_ND.view_as(h_BND)
+
+
+def has_shared_expert_gate(checkpoint: str) -> bool:
+    """Whether a checkpoint's safetensors hold a shared-expert gate (the format says so by the weight alone)."""
+    index = cached_file(checkpoint, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    if index is not None:
+        names = json.loads(Path(index).read_text())["weight_map"]
+    else:
+        with safe_open(cached_file(checkpoint, "model.safetensors"), framework="pt") as file:
+            names = file.keys()
+    return any(name.endswith(SHARED_EXPERT_GATE) for name in names)
