@@ -210,7 +210,7 @@ def main() -> None:
     unigram, bigram = ngram_nats(torch.tensor([t for c in training for t in plain(tokenizer, c)]), rows)
     nats = {"unigram": unigram, "bigram": bigram, f"YOCO-U, T = {arguments.iterations}": model_nats(saved, rows)}
     report = {
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
+        "settings": {name: getattr(arguments, name) for name in ("iterations", "steps", "batch", "learning_rate")},
         "parameters": sum(parameter.numel() for parameter in saved.parameters()),
         "training_tokens": arguments.steps * arguments.batch * SEQUENCE,
         "held_out_tokens": sum(len(row) - 1 for row in rows),

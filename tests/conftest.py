@@ -28,6 +28,17 @@ def user_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ours}
 
 
+def pytest_terminal_summary(terminalreporter):
+    from oracle import checked
+
+    if checked:
+        terminalreporter.section("served model against the reference, float32")
+        for test, difference, compared, rounding in checked:
+            terminalreporter.write_line(
+                f"|Δlogprob| <= {difference:.1e} of {compared:5} values, reference's rounding {rounding:.1e}: {test}"
+            )
+
+
 @dataclass(frozen=True)
 class Server:
     url: str

@@ -34,7 +34,9 @@ def client(server):
 
 def greedy(reference, token_ids: list[int], tokens: int) -> list[int]:
     prompt = torch.tensor([token_ids])
-    output = reference.generate(prompt, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    # Without a mask of its own generate() would take a leading <|endoftext|> for padding.
+    settings = dict(attention_mask=torch.ones_like(prompt), do_sample=False, eos_token_id=None, pad_token_id=0)
+    output = reference.generate(prompt, max_new_tokens=tokens, **settings)
     return output[0, len(token_ids) :].tolist()
 
 

