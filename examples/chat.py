@@ -6,7 +6,7 @@ The trained model answers a verse with a verse. Lines come from the terminal or 
 import argparse
 import sys
 
-from openai import APIConnectionError, OpenAI
+from openai import APIConnectionError, APIError, OpenAI
 
 
 def main() -> int:
@@ -48,4 +48,9 @@ def _line(prompt: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except APIError as error:
+        sys.exit(f"the server ended the conversation: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

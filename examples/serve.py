@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
 
 TRAINED = Path(__file__).parent / "yoco-u-kjv"
 
@@ -36,13 +36,13 @@ def is_healthy(host: str, port: int) -> bool:
     try:
         with urllib.request.urlopen(f"http://{host}:{port}/health", timeout=5) as answer:
             return answer.status == 200
-    except (URLError, OSError):
+    except (OSError, HTTPException):  # URLError is an OSError
         return False
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, nargs="?", default=TRAINED)
+    parser.add_argument("--checkpoint", type=Path, default=TRAINED)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     arguments, more = parser.parse_known_args()  # the rest is vLLM's

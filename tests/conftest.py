@@ -52,7 +52,7 @@ def server(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    start = [sys.executable, str(ROOT / "examples" / "serve.py"), str(TRAINED), "--port", str(port)]
+    start = [sys.executable, str(ROOT / "examples" / "serve.py"), "--port", str(port)]
     with log.open("w") as out:
         # `timeout` bounds its life, whatever becomes of the tests.
         process = subprocess.Popen(

@@ -37,6 +37,16 @@ IMPOSSIBLE = [
         "num_experts_per_tok is 5 of num_experts 4",
     ),
     (dict(shared_expert_intermediate_size=8), "shared_expert_intermediate_size is 8 without num_experts"),
+    (
+        dict(layer_types=["full_attention"] * 4),
+        "config key 'layer_types' is .* it follows from the other keys, remove it",
+    ),
+    (dict(num_cross_decoder_layers=2), "config key 'num_cross_decoder_layers' is 2"),
+    (dict(rope_parameters="default"), "rope_parameters is 'default': give a mapping"),
+    (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_type is 'yarn'"),
+    (dict(pad_token_id=211), "pad_token_id is 211: a token id must be between 0 and 210"),
+    (dict(eos_token_id=[0, -1]), "eos_token_id is .*: a token id must be between 0 and 210"),
+    (dict(d_model=64), "config key 'd_model' is 64: it belongs to another YOCO schema"),
     (dict(universal_loop=3), "config key 'universal_loop' is 3: it belongs to another YOCO schema, convert"),
     (dict(n_self_heads=3), "config key 'n_self_heads' is 3: .* convert the checkpoint"),
 ] + [
@@ -134,6 +144,18 @@ def test_overriding_the_iterations_warns_once_with_the_trained_depth(tmp_path, c
     assert cfg.num_iterations == depth
     warnings = [record.getMessage() for record in caplog.records if "num_iterations" in record.getMessage()]
     assert len(warnings) == 1 and f"overridden to {depth}: the checkpoint was trained with 3" in warnings[0]
+
+
+def test_a_misspelt_override_is_refused():
+    with pytest.raises(ValueError, match="config key 'num_iteration' is unknown to YOCO-U: correct the name"):
+        tiny.config().update({"num_iteration": 2})
+
+
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+def test_a_rope_override_wins(spelling):
+    cfg = tiny.config(rope_theta=500.0)
+    cfg.update({spelling: {"rope_type": "yoco2024"}})
+    assert cfg.rope_parameters == {"rope_theta": 500.0, "rope_type": "yoco2024"}
 
 
 def test_impossible_overrides_are_refused_on_loading(tmp_path):

@@ -12,7 +12,19 @@ REFUSED = [
     (dict(hf_overrides={"num_iterations": 0}), "num_iterations is 0: it must be a whole number of at least 1"),
     (dict(hf_overrides={"sliding_window": "wide"}), "sliding_window is 'wide': it must be a whole number"),
     (dict(hf_overrides={"diff_attention": True}), "config key 'diff_attention' is True"),
-    (dict(tensor_parallel_size=3), "must be divisible by tensor parallel size"),
+    (dict(tensor_parallel_size=3), "num_attention_heads 4 is not divisible by the tensor parallel size 3"),
+    (
+        dict(tensor_parallel_size=4, hf_overrides={"cross_num_attention_heads": 6}),
+        "cross_num_attention_heads 6 is not divisible by the tensor parallel size 4",
+    ),
+    (
+        dict(tensor_parallel_size=2, hf_overrides={"cross_num_attention_heads": 6, "cross_num_key_value_heads": 3}),
+        "cross_num_key_value_heads 3 can be neither split over nor replicated on 2 tensor parallel ranks",
+    ),
+    (
+        dict(tensor_parallel_size=2, hf_overrides={"intermediate_size": 161}),
+        "intermediate_size 161 is not divisible by the tensor parallel size 2",
+    ),
 ]
 
 

@@ -102,10 +102,15 @@ def test_multiple_choice_scores_are_the_references_log_likelihoods(evaluated, re
     assert scores["acc,none"] == pytest.approx(right / LIMIT)
 
 
-def test_generation_tasks_run(evaluated):
+def test_generation_tasks_score_what_the_reference_generates(evaluated, reference, tokenizer):
     scores, samples = evaluated["kjv_last_word"]
-    assert all(len(sample["resps"][0][0].split()) >= 1 for sample in samples)
+    for sample in samples:
+        tokens = tokenizer(sample["arguments"]["gen_args_0"]["arg_0"], return_tensors="pt")
+        generated = reference.generate(**tokens, max_new_tokens=8, do_sample=False)[0, tokens.input_ids.shape[1] :]
+        expected = tokenizer.decode(generated, skip_special_tokens=True).split("\n")[0]
+        assert sample["resps"][0][0] == expected
     right = sum(sample["filtered_resps"][0].lower() == sample["target"].lower() for sample in samples)
     assert scores["exact_match,first-word"] == pytest.approx(right / LIMIT)
-    retrieval, _ = evaluated["niah_single_1"]
-    assert 0.0 <= retrieval["512,none"] <= 1.0
+    retrieval, samples = evaluated["niah_single_1"]
+    found = sum(all(needle in sample["resps"][0][0] for needle in sample["doc"]["outputs"]) for sample in samples)
+    assert len(samples) == LIMIT and retrieval["512,none"] == pytest.approx(found / LIMIT)

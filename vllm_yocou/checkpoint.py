@@ -1,7 +1,7 @@
 """The tensors of a YOCO-U checkpoint: their names and shapes follow from the config alone.
 
 Layers are stored once, however large T is. The loader compares what it is given with this table, so a wrong checkpoint
-ends in one error that names every missing, unexpected and misshapen tensor.
+ends in one error that names the missing, unexpected and misshapen tensors, the first six of each kind.
 """
 
 from collections.abc import Iterable, Iterator

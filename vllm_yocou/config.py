@@ -48,7 +48,9 @@ FOREIGN_SWITCHES = (
     "mlp_bias",
 )
 # Keys that only the two foreign schemas have: their presence means that the file was never converted.
-FOREIGN_SCHEMA_KEYS = ("universal_loop", "yoco_cross_layers", "yoco_window_size", "n_self_heads", "n_layers")
+FOREIGN_SCHEMA_KEYS = ("universal_loop", "yoco_cross_layers", "yoco_window_size", "n_self_heads", "n_layers", "d_model")
+# Properties of the config.
+DERIVED_KEYS = ("num_cross_decoder_layers", "layer_types", "is_moe")
 
 
 class YocoUConfig(PreTrainedConfig):
@@ -164,9 +166,12 @@ class YocoUConfig(PreTrainedConfig):
         trained = self.num_iterations
         overrides = dict(config_dict)
         self._refuse_foreign(overrides)
+        for key in overrides:
+            if not hasattr(self, key) and key not in ("rope_theta", "quantization_config"):
+                raise ValueError(f"config key '{key}' is unknown to YOCO-U: correct the name of the override.")
         if "rope_theta" in overrides or "rope_parameters" in overrides or "rope_scaling" in overrides:
-            parameters = {**self.rope_parameters, **(overrides.pop("rope_parameters", None) or {})}
-            overrides["rope_parameters"] = _rope_parameters(parameters, overrides, theta_wins=True)
+            given = _rope_dict(overrides.pop("rope_scaling", None)) | _rope_dict(overrides.pop("rope_parameters", None))
+            overrides["rope_parameters"] = _rope_parameters(self.rope_parameters | given, overrides, theta_wins=True)
         super().update(overrides)
         self.check()
         self._warn_if_retrained_depth(trained)
@@ -199,6 +204,11 @@ class YocoUConfig(PreTrainedConfig):
             raise ValueError(f"qk_norm is {self.qk_norm!r}: choose one of {', '.join(QK_NORMS)}.")
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act is {self.hidden_act!r}: YOCO-U's feed-forward is SwiGLU, set 'silu'.")
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            tokens = getattr(self, key)
+            for token in tokens if isinstance(tokens, list) else [tokens]:
+                if token is not None and not (isinstance(token, int) and 0 <= token < self.vocab_size):
+                    raise ValueError(f"{key} is {tokens!r}: a token id must be between 0 and {self.vocab_size - 1}.")
         for key in ("rms_norm_eps", "embedding_multiplier"):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
@@ -250,6 +260,9 @@ class YocoUConfig(PreTrainedConfig):
             )
 
     def _refuse_foreign(self, keys: dict[str, Any]) -> None:
+        for key in DERIVED_KEYS:
+            if key in keys:
+                raise ValueError(f"config key '{key}' is {keys[key]!r}: it follows from the other keys, remove it.")
         for key in FOREIGN_SCHEMA_KEYS:
             if key in keys:
                 raise ValueError(
@@ -269,7 +282,7 @@ class YocoUConfig(PreTrainedConfig):
 
 def _rope_parameters(parameters: dict | None, keys: dict[str, Any], theta_wins: bool = False) -> dict[str, Any]:
     """Merge the spellings of the RoPE settings (and take them out of `keys`) into `{rope_type, rope_theta}`."""
-    merged = dict(keys.pop("rope_scaling", None) or {}) | dict(parameters or {})
+    merged = _rope_dict(keys.pop("rope_scaling", None)) | _rope_dict(parameters)
     theta = keys.pop("rope_theta", None)
     if theta is not None and (theta_wins or "rope_theta" not in merged):
         merged["rope_theta"] = theta
@@ -281,3 +294,9 @@ def _rope_parameters(parameters: dict | None, keys: dict[str, Any], theta_wins: 
             f"rope_parameters has '{unknown[0]}': YOCO-U's RoPE is set by rope_theta and rope_type alone, remove it."
         )
     return merged
+
+
+def _rope_dict(parameters: Any) -> dict[str, Any]:
+    if parameters is None or isinstance(parameters, dict):
+        return dict(parameters or {})
+    raise ValueError(f"rope_parameters is {parameters!r}: give a mapping with rope_theta and rope_type.")

@@ -10,6 +10,8 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
+    from vllm_yocou.config import YocoUConfig
+
 SPECULATIVE_METHODS = ("ngram",)
 
 
@@ -34,6 +36,7 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
         from vllm.config import CompilationMode
 
         parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+        _check_shards(vllm_config.model_config.hf_config, parallel.tensor_parallel_size)
         if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
             raise ValueError(
                 "context parallelism cannot be used with YOCO-U: its window caches are not sharded over positions, "
@@ -52,3 +55,20 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
         if vllm_config.compilation_config.mode is None:
             # The model is not compiled as a whole; compiling single operations costs start-up and a C++ compiler.
             vllm_config.compilation_config.mode = CompilationMode.NONE
+
+
+def _check_shards(config: "YocoUConfig", ranks: int) -> None:
+    """Ranks split query heads and feed-forward; they split KV heads too, or replicate them where ranks are more."""
+    for key in ("num_attention_heads", "cross_num_attention_heads", "intermediate_size"):
+        if getattr(config, key) % ranks:
+            raise ValueError(
+                f"{key} {getattr(config, key)} is not divisible by the tensor parallel size {ranks}: "
+                "choose a size that divides it."
+            )
+    for key in ("num_key_value_heads", "cross_num_key_value_heads"):
+        heads = getattr(config, key)
+        if heads % ranks and ranks % heads:
+            raise ValueError(
+                f"{key} {heads} can be neither split over nor replicated on {ranks} tensor parallel ranks: "
+                "choose a size that divides it or is a multiple of it."
+            )

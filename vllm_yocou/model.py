@@ -307,7 +307,8 @@ class YocoUForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         self.config: YocoUConfig = vllm_config.model_config.hf_config
-        self.quantized = vllm_config.quant_config is not None
+        # Quantized on disk, not on the way in (`--quantization` on a plain checkpoint).
+        self.quantized = getattr(self.config, "quantization_config", None) is not None
         self.model = YocoUModel(vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             self.config.vocab_size,

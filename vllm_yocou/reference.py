@@ -192,7 +192,7 @@ class YocoUModel(YocoUPreTrainedModel):
 
     def __init__(self, config: YocoUConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.self_decoder = Decoder([SelfDecoderLayer(config, i) for i in range(config.num_self_decoder_layers)])
         self.global_kv = GlobalKV(config)
         self.cross_decoder = Decoder([CrossDecoderLayer(config) for _ in range(config.num_cross_decoder_layers)])
