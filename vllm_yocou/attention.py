@@ -1,59 +1,31 @@
 """Only two things are cached: T·S windows, one for each (iteration, layer), and one global KV, owned by no layer.
 
-Both are vLLM `Attention` layers, so its runners bind their memory and build their metadata; each layer of the pool's
-blocks lies side by side, which vLLM does for backends that ask for a block-outermost KV layout.
+Both are vLLM `Attention` layers, so its runners bind their memory and build their metadata.
 """
 
-from functools import cache
-
 import torch
-from vllm.config import CacheConfig, VllmConfig
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import _encode_layer_name
-from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.selector import get_attn_backend
-from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec, get_kv_quant_mode
+from vllm.v1.kv_cache_interface import KVCacheSpec, get_kv_quant_mode
 
+from vllm_yocou.backend import packed_backend, row_selecting_backend, served_backend
 from vllm_yocou.kv_cache import GlobalCacheSpec, Packing, WindowCacheSpec
-
-
-@cache
-def packed_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
-    """The platform's attention backend, restricted to layouts in which the caches of a block are contiguous."""
-    supported = base.supported_kv_cache_layouts()
-    if supported is None:
-        layouts = (KVCacheLayout.BLNHC, KVCacheLayout.BLHNC)
-    else:
-        # A kernel that takes a layout with the layers outermost finds the same page in the block-outermost one,
-        # if it takes the stride between blocks from the tensor: true of the CPU's kernel.
-        inner = {KVCacheLayout.LBHNC: KVCacheLayout.BLHNC} if base.get_name() == "CPU_ATTN" else {}
-        layouts = tuple(inner.get(layout, layout) for layout in supported)
-        layouts = tuple(layout for layout in layouts if layout.is_block_outermost)
-    if not layouts:
-        raise ValueError(
-            f"the attention backend {base.get_name()} cannot be used with YOCO-U: it has no block-outermost KV layout, "
-            "choose FLASH_ATTN or TRITON_ATTN."
-        )
-    return type(
-        f"Packed{base.__name__}",
-        (base,),
-        {"supported_kv_cache_layouts": classmethod(lambda cls: layouts)},
-    )
-
-
-def smallest_block(backend: type[AttentionBackend]) -> int:
-    """Tokens of the smallest KV block that the backend's kernels take."""
-    sizes = backend.get_supported_kernel_block_sizes()
-    return min(size.base if isinstance(size, MultipleOf) else size for size in sizes)
+from vllm_yocou.row_selection import RequestTable
 
 
 class CachedAttention(Attention):
     """What the two caches share: the backend, and a spec of their own instead of vLLM's choice of block size."""
 
-    def __init__(self, num_heads, head_size, num_kv_heads, cache_config: CacheConfig, window=None, **kwargs):
+    def __init__(self, vllm_config: VllmConfig, num_heads, head_size, num_kv_heads, window=None, **kwargs):
+        cache_config = vllm_config.cache_config
         selected = get_attn_backend(
             head_size, torch.get_default_dtype(), cache_config.cache_dtype, has_sliding_window=window is not None
         )
+        base = served_backend(selected, vllm_config.attention_config.backend is not None)
         super().__init__(
             num_heads,
             head_size,
@@ -61,10 +33,14 @@ class CachedAttention(Attention):
             num_kv_heads=num_kv_heads,
             cache_config=cache_config,
             per_layer_sliding_window=window,
-            attn_backend=packed_backend(selected),
+            attn_backend=self.backend_over(base),
             **kwargs,
         )
         self.packing: Packing | None = None
+
+    @staticmethod
+    def backend_over(base: type[AttentionBackend]) -> type[AttentionBackend]:
+        return packed_backend(base)
 
     @property
     def token_bytes(self) -> int:
@@ -101,6 +77,21 @@ class GlobalAttention(CachedAttention):
     delete or reorder it unless its result is used: `write` returns a token that every `attend` takes.
     """
 
+    def __init__(self, vllm_config: VllmConfig, *args, **kwargs):
+        super().__init__(vllm_config, *args, **kwargs)
+        self.requests = RequestTable(vllm_config.scheduler_config.max_num_seqs)
+
+    @staticmethod
+    def backend_over(base: type[AttentionBackend]) -> type[AttentionBackend]:
+        return row_selecting_backend(base)
+
+    def selected_rows(self) -> torch.Tensor | None:
+        """(M,) int64, the rows of this step that `attend` takes, ascending; None if it takes all."""
+        metadata = get_forward_context().attn_metadata
+        if isinstance(metadata, list):  # one for each micro-batch: no row skips then
+            return None
+        return None if metadata is None else metadata[self.layer_name].selected_rows_M
+
     def spec(self, block_size: int) -> GlobalCacheSpec:
         return GlobalCacheSpec(block_size=block_size, **self.spec_arguments())
 
@@ -113,15 +104,17 @@ class GlobalAttention(CachedAttention):
         v_NKd = v_NX.view(-1, self.num_kv_heads, self.head_size_v)
         return torch.ops.vllm.unified_kv_cache_update(k_NKd, v_NKd, _encode_layer_name(self.layer_name))
 
-    def attend(self, q_NX: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-        """Causal attention of queries (N, Hc · dc) over the cache, (N, Hc · dc)."""
-        output_NX = torch.empty_like(q_NX)
+    def attend(self, q_MX: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+        """Causal attention of the queries of the selected rows (M, Hc · dc) over the cache, (M, Hc · dc)."""
+        output_MX = torch.empty_like(q_MX)
+        if self.query_quant is not None:
+            q_MX, _ = self.query_quant(q_MX, self._q_scale)
         torch.ops.vllm.unified_attention_with_output(
-            q_NX.view(-1, self.num_heads, self.head_size),
+            q_MX.view(-1, self.num_heads, self.head_size),
             None,
             None,
-            output_NX.view(-1, self.num_heads, self.head_size_v),
+            output_MX.view(-1, self.num_heads, self.head_size_v),
             _encode_layer_name(self.layer_name),
             kv_cache_dummy_dep=written,
         )
-        return output_NX
+        return output_MX

@@ -1,19 +1,20 @@
 """T·S window caches and one global cache share one pool of blocks, and a block is filled to the last byte if it can be.
 
 A block of the pool holds either F window pages, one page of `window_block` tokens for each of F (iteration, layer)
-pairs, or one global page of `global_block` tokens, which is as many bytes. vLLM's scheduler then sees T·S/F window
-groups and one global group, so T·S/F + 1 block tables, however often the self-decoder loops.
+pairs, or one global page of `global_block` tokens, which is as many bytes or a little more. vLLM's scheduler then sees
+T·S/F window groups and one global group, so T·S/F + 1 block tables, however often the self-decoder loops.
 """
 
 from dataclasses import dataclass
 from math import ceil
+from typing import TYPE_CHECKING
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-# A prefix-cache hit ends at a multiple of the global block, and a shorter prompt never hits.
-MAX_GLOBAL_BLOCK = 512
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,36 +35,75 @@ KVCacheSpecRegistry.register(GlobalCacheSpec, FullAttentionManager, FullAttentio
 
 @dataclass(frozen=True)
 class Packing:
-    """How window caches share the pool's blocks.
+    """How the window caches share the pool's blocks with the global cache.
 
     Attributes:
-        layers_per_block: F, window caches in a block.
-        window_block: tokens of a window page.
-        global_block: tokens of the global page.
+        window_caches: T·S.
+        groups: window groups, each with a block table of its own; the global cache is one more.
+        window_block, global_block: tokens of a window page and of the global page.
+        window_bytes, global_bytes: of one token in one window cache and in the global cache, on one rank.
     """
 
-    layers_per_block: int
+    window_caches: int
+    groups: int
     window_block: int
     global_block: int
+    window_bytes: int
+    global_bytes: int
 
+    @classmethod
+    def choose(
+        cls, window_caches: int, block: int, window_bytes: int, global_bytes: int, max_global_block: int
+    ) -> "Packing":
+        """The fewest groups whose global block stays within `max_global_block` tokens; one cache a group always works.
 
-def choose_packing(
-    window_caches: int,
-    block: int,
-    window_bytes: int,
-    global_bytes: int,
-    max_global_block: int = MAX_GLOBAL_BLOCK,
-) -> Packing:
-    """The packing with the fewest groups whose global block stays within `max_global_block` tokens.
+        `block` is the smallest that the attention backend takes, in tokens. A prefix-cache hit ends at a multiple of
+        the global block, and a shorter prompt never hits: that is what few groups cost.
+        """
+        for groups in range(1, window_caches + 1):
+            page_bytes = ceil(window_caches / groups) * block * window_bytes
+            global_block = ceil(page_bytes / (block * global_bytes)) * block
+            packing = cls(window_caches, groups, block, global_block, window_bytes, global_bytes)
+            if global_block <= max_global_block:
+                break
+        return packing
 
-    Args:
-        window_caches: T·S.
-        block: the smallest block, in tokens, that the attention backend takes.
-        window_bytes, global_bytes: bytes of one token in one window cache and in the global cache.
-        max_global_block: in tokens.
+    @property
+    def layers_per_block(self) -> int:
+        """F: window caches in a block, of the fullest group."""
+        return ceil(self.window_caches / self.groups)
 
-    F divides T·S, or the last group would leave part of its blocks empty. F = 1 is always possible.
-    """
-    divisors = [F for F in range(window_caches, 0, -1) if window_caches % F == 0]
-    candidates = [Packing(F, block, ceil(F * window_bytes / global_bytes) * block) for F in divisors]
-    return next((packing for packing in candidates if packing.global_block <= max_global_block), candidates[-1])
+    @property
+    def block_bytes(self) -> int:
+        return self.global_block * self.global_bytes
+
+    @property
+    def waste(self) -> float:
+        """The share of the window groups' blocks that holds nothing: caches or bytes that do not divide."""
+        used = self.window_caches * self.window_block * self.window_bytes
+        return 1 - used / (self.groups * self.block_bytes)
+
+    def blocks(self, tokens: int, window: int, in_flight: int = 1) -> int:
+        """Most blocks that a request of `tokens` holds while its last `in_flight` tokens are computed."""
+        held = min(tokens, window - 1 + in_flight)
+        pages = min(ceil(tokens / self.window_block), ceil((held - 1) / self.window_block) + 1)
+        return self.groups * pages + ceil(tokens / self.global_block)
+
+    def __str__(self) -> str:
+        return (
+            f"YOCO-U KV cache: {self.window_caches} window caches, {self.layers_per_block} to a block of "
+            f"{self.window_block} tokens, and one global cache in blocks of {self.global_block} tokens: "
+            f"{self.groups + 1} KV cache groups, {self.waste:.1%} of the window blocks unused."
+        )
+
+    def cost(self, vllm_config: "VllmConfig", window: int) -> str:
+        """What one request takes, in decode and while its prompt is computed in chunks, in a sentence."""
+        tokens, chunk = vllm_config.model_config.max_model_len, vllm_config.scheduler_config.max_num_batched_tokens
+        decode, prefill = (
+            self.blocks(tokens, window, in_flight) * self.block_bytes / 2**20
+            for in_flight in (1, vllm_config.max_in_flight_tokens)
+        )
+        return (
+            f"A request of {tokens} tokens holds {decode:.1f} MiB of KV cache a rank in decode and up to {prefill:.1f} "
+            f"MiB in prefill, when the window caches also hold all tokens in flight (max_num_batched_tokens {chunk})."
+        )

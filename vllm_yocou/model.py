@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -22,11 +23,16 @@ from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from vllm_yocou.attention import GlobalAttention, WindowAttention, smallest_block
+from vllm_yocou.attention import GlobalAttention, WindowAttention
+from vllm_yocou.backend import smallest_block
 from vllm_yocou.checkpoint import verified
 from vllm_yocou.config import YocoUConfig
-from vllm_yocou.kv_cache import choose_packing
+from vllm_yocou.kv_cache import Packing
+from vllm_yocou.options import Options
 from vllm_yocou.rope import inverse_frequencies
+from vllm_yocou.row_selection import why_all_rows
+
+logger = init_logger("vllm.plugins.yocou")
 
 
 class Yoco2024RotaryEmbedding(RotaryEmbedding):
@@ -87,10 +93,10 @@ class LoopedWindowAttention(nn.Module):
         self.rotary_emb = rotary_embedding(vllm_config, d)
         self.windows = nn.ModuleList(
             WindowAttention(
+                vllm_config,
                 heads,
                 d,
                 kv_heads,
-                vllm_config.cache_config,
                 window=config.sliding_window,
                 quant_config=quant,
                 # vLLM wants exactly one number in the name of a cached layer, different for each.
@@ -129,10 +135,10 @@ class GlobalKV(nn.Module):
         self.k_norm = head_norm(config, dc, config.qk_norm == "all")
         self.rotary_emb = rotary_embedding(vllm_config, dc) if config.cross_decoder_rope else None
         self.cache = GlobalAttention(
+            vllm_config,
             config.cross_num_attention_heads // ranks,
             dc,
             self.kv_proj.num_kv_heads,
-            vllm_config.cache_config,
             quant_config=vllm_config.quant_config,
             prefix=f"{cache_prefix}.{config.num_iterations * config.num_self_decoder_layers}",
         )
@@ -255,19 +261,24 @@ class YocoUModel(nn.Module):
             for j in range(config.num_cross_decoder_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self._pack_caches()
+        self._pack_caches(vllm_config)
 
-    def _pack_caches(self) -> None:
+    def _pack_caches(self, vllm_config: VllmConfig) -> None:
         windows = [window for layer in self.self_decoder.layers for window in layer.self_attn.windows]
         global_cache = self.global_kv.cache
-        packing = choose_packing(
+        packing = Packing.choose(
             window_caches=len(windows),
             block=smallest_block(global_cache.attn_backend),
             window_bytes=windows[0].token_bytes,
             global_bytes=global_cache.token_bytes,
+            max_global_block=Options.of(vllm_config.additional_config).max_global_block,
         )
         for cache in (*windows, global_cache):
             cache.packing = packing
+        logger.info_once("%s Attention backend %s.", packing, global_cache.attn_backend.get_name(), scope="global")
+        logger.info_once("%s", packing.cost(vllm_config, windows[0].sliding_window), scope="global")
+        if reason := why_all_rows(vllm_config):
+            logger.info_once("The cross-decoder runs on every prompt row: %s.", reason, scope="global")
 
     def embed_input_ids(self, input_ids_N: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(input_ids_N) * self.embedding_multiplier
@@ -280,8 +291,14 @@ class YocoUModel(nn.Module):
         for iteration in range(self.num_iterations):
             x_ND = self.self_decoder(positions_N, x_ND, iteration)
         written = self.global_kv(positions_N, x_ND)
-        x_ND = self.cross_decoder(positions_N, x_ND, written)
-        return self.norm(x_ND)
+        rows_M = self.global_kv.cache.selected_rows()
+        if rows_M is None:
+            return self.norm(self.cross_decoder(positions_N, x_ND, written))
+        # The rows left out stay zero: nobody reads them (row_selection.py).
+        out_ND = torch.zeros_like(x_ND)
+        if len(rows_M):
+            out_ND[rows_M] = self.norm(self.cross_decoder(positions_N[rows_M], x_ND[rows_M], written))
+        return out_ND
 
 
 class YocoUForCausalLM(nn.Module):
@@ -331,6 +348,12 @@ class YocoUForCausalLM(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return self.model(input_ids, positions, inputs_embeds)
+
+    def get_model_state_cls(self) -> type:
+        """The V2 runner's hook; V1's is named by the engine config."""
+        from vllm_yocou.v2_runner import YocoUModelState
+
+        return YocoUModelState
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         return self.logits_processor(self.lm_head, hidden_states)

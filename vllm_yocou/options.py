@@ -1,0 +1,46 @@
+"""What a user may set that vLLM has no option for: `--additional-config '{"yocou": {"max_global_block": 1024}}'`."""
+
+from dataclasses import dataclass, fields
+
+KEY = "yocou"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The plugin's own settings.
+
+    Attributes:
+        max_global_block: tokens of the longest global block that packing may choose. Longer blocks make fewer KV cache
+            groups, and prefix-cache hits that are multiples of a larger number.
+        skip_rows: whether prompt rows without wanted logits skip the cross-decoder; False runs every row, to compare.
+    """
+
+    max_global_block: int = 512
+    skip_rows: bool = True
+
+    @classmethod
+    def of(cls, additional_config: object) -> "Options":
+        """The options in vLLM's `additional_config`.
+
+        Raises:
+            ValueError: on a name or a type that is not one of these.
+        """
+        given = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
+        if not isinstance(given, dict):
+            raise ValueError(
+                f'additional_config["{KEY}"] is {given!r}: give an object like {{"max_global_block": 1024}}.'
+            )
+        types = {field.name: field.type for field in fields(cls)}
+        for name, value in given.items():
+            if name not in types:
+                raise ValueError(
+                    f'additional_config["{KEY}"] has no option {name!r}: choose from {", ".join(sorted(types))}.'
+                )
+            if type(value) is not types[name]:
+                raise ValueError(f'additional_config["{KEY}"]["{name}"] is {value!r}: give {types[name].__name__}.')
+        options = cls(**given)
+        if options.max_global_block < 1:
+            raise ValueError(
+                f'additional_config["{KEY}"]["max_global_block"] is {options.max_global_block}: give at least 1.'
+            )
+        return options

@@ -1,0 +1,104 @@
+"""Global K and V depend on the self-decoder alone, so rows that skip the cross-decoder feed nothing that anyone reads.
+
+A row is one token of one request in one step. The self-decoder runs all rows and writes the global KV cache for all of
+them; a row's way through the cross-decoder ends in its own logits and nowhere else. This file alone decides which rows
+run: those whose logits someone reads, and always the last ones of a request's rows, so that a causal attention kernel
+that aligns queries with the end of the context needs no change.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vllm_yocou.options import Options
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+
+
+class RequestTable:
+    """What the selection knows of each running request, by the index that the model runner gives it.
+
+    A hook of the runner fills it. Until the hook has said that it does (`kept`), nobody knows who wants prompt
+    log probabilities, and every row runs.
+    """
+
+    def __init__(self, capacity: int):
+        self.kept = False
+        self.wants_prompt = np.zeros(capacity, dtype=bool)
+        self.prompt_length = np.zeros(capacity, dtype=np.int64)
+
+    def add(self, index: int, params: "SamplingParams | None", prompt_length: int) -> None:
+        """`prompt_length`: tokens, or 0 where unknown, which keeps the last row of every chunk."""
+        self.wants_prompt[index] = params is not None and (
+            params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
+        )
+        self.prompt_length[index] = prompt_length
+
+    def move(self, source: int, target: int) -> None:
+        for column in (self.wants_prompt, self.prompt_length):
+            column[target] = column[source]
+
+    def swap(self, one: int, other: int) -> None:
+        for column in (self.wants_prompt, self.prompt_length):
+            column[[one, other]] = column[[other, one]]
+
+
+@dataclass(frozen=True)
+class SelectedRows:
+    """The rows of a step that run through the cross-decoder.
+
+    Attributes:
+        rows_M: (M,) int64, indices into the step's N rows, ascending.
+        query_start_loc: (requests + 1,) int32, where each request's rows begin among the M.
+        longest: most rows of one request.
+    """
+
+    rows_M: np.ndarray
+    query_start_loc: np.ndarray
+    longest: int
+
+
+def select_rows(
+    query_start_loc: np.ndarray,
+    context_lengths: np.ndarray,
+    is_prefilling: np.ndarray,
+    wants_prompt: np.ndarray,
+    prompt_lengths: np.ndarray,
+) -> SelectedRows:
+    """All rows of decoding requests and of those that want prompt log probabilities; else the row that ends the prompt.
+
+    Args:
+        query_start_loc: (R + 1,) where each request's rows begin among the step's N.
+        context_lengths: (R,) tokens of each request after this step.
+        is_prefilling: (R,) bool, whether the step began inside the request's prompt.
+        wants_prompt, prompt_lengths: (R,) from the request table.
+
+    A chunk that does not reach the end of its prompt sends no row: the token sampled there is thrown away.
+    """
+    scheduled = np.diff(query_start_loc)
+    ends_prompt = context_lengths >= prompt_lengths
+    skipping = is_prefilling & ~wants_prompt
+    selected = np.where(skipping, np.minimum(scheduled, ends_prompt), scheduled)
+    starts = np.zeros_like(query_start_loc)
+    np.cumsum(selected, out=starts[1:])
+    # The m-th selected row of a request that keeps k of its rows lies m - k before the request's end.
+    rows_M = np.repeat(query_start_loc[1:] - starts[1:], selected) + np.arange(starts[-1])
+    return SelectedRows(rows_M.astype(np.int64), starts.astype(np.int32), int(selected.max(initial=0)))
+
+
+def why_all_rows(vllm_config: "VllmConfig") -> str | None:
+    """Why no row may skip the cross-decoder under these settings, or None if rows may."""
+    if not Options.of(vllm_config.additional_config).skip_rows:
+        return "skip_rows is off"
+    if vllm_config.model_config.runner_type == "pooling":
+        return "pooling reads the hidden states of all rows"
+    if vllm_config.lora_config is not None:
+        return "vLLM maps adapters to the rows of the whole batch"
+    if vllm_config.parallel_config.use_ubatching:
+        return "micro-batches have no request indices"
+    if vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner:
+        return "vLLM's V1 runner does not say which requests want prompt logprobs under speculative decoding"
+    return None

@@ -1,0 +1,19 @@
+"""How vLLM's V2 runner tells the row selection about its requests: a model may bring a `ModelState` of its own."""
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+
+class YocoUModelState(DefaultModelState):
+    def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache, device: torch.device):
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.requests = model.model.global_kv.cache.requests
+        self.requests.kept = True
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        super().add_request(req_index, new_req_data)
+        prompt = new_req_data.prompt_token_ids or ()
+        self.requests.add(req_index, new_req_data.sampling_params, len(prompt))
