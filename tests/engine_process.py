@@ -1,0 +1,138 @@
+"""Run a checkpoint in a process of its own and print what it generated: other ranks, other runners.
+
+    python engine_process.py CHECKPOINT RUNNER < job.json
+
+The job is {"settings": {...}, "batches": [[{"prompt": [...], "sampling": {...}}]]}, with settings of vLLM's `LLM`.
+`RUNNER` is v1 or v2. vLLM's V2 runner is CUDA's default and wants Triton, of which the CPU build has no backend; here
+its kernels run in Triton's interpreter, on the CPU and with the same results.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+METRICS = ("yocou_self_decoder_rows", "yocou_cross_decoder_rows", "yocou_skipped_rows", "num_preemptions")
+
+
+@dataclass
+class Batch:
+    """One call of `LLM.generate`: its outputs as vLLM gives them, and how far each metric moved."""
+
+    outputs: list
+    metrics: dict[str, int]
+
+
+def run(checkpoint, batches: list[list[dict]], runner: str = "v1", environment: dict | None = None, **settings):
+    """Start the process, return a list of `Batch`."""
+    from conftest import user_environment
+
+    process = subprocess.run(
+        [sys.executable, __file__, str(checkpoint), runner],
+        input=json.dumps({"settings": settings, "batches": batches}),
+        capture_output=True,
+        text=True,
+        env=user_environment() | (environment or {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}),
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-5000:]
+    (line,) = (line for line in process.stdout.splitlines() if line.startswith("RESULT "))
+    return [
+        Batch([request_output(output) for output in batch["outputs"]], batch["metrics"])
+        for batch in json.loads(line.removeprefix("RESULT "))
+    ]
+
+
+def request_output(plain: dict) -> SimpleNamespace:
+    """vLLM's shape again, from JSON."""
+
+    def logprobs(rows: list | None) -> list | None:
+        return rows and [row and {int(token): SimpleNamespace(logprob=p) for token, p in row.items()} for row in rows]
+
+    completions = [
+        SimpleNamespace(token_ids=completion["token_ids"], logprobs=logprobs(completion["logprobs"]))
+        for completion in plain["completions"]
+    ]
+    return SimpleNamespace(
+        outputs=completions,
+        prompt_logprobs=logprobs(plain["prompt_logprobs"]),
+        num_cached_tokens=plain["num_cached_tokens"],
+    )
+
+
+def plain_output(output) -> dict:
+    def plain(rows) -> list | None:
+        return rows and [row and {token: entry.logprob for token, entry in row.items()} for row in rows]
+
+    return {
+        "completions": [
+            {"token_ids": list(completion.token_ids), "logprobs": plain(completion.logprobs)}
+            for completion in output.outputs
+        ],
+        "prompt_logprobs": plain(output.prompt_logprobs),
+        "num_cached_tokens": output.num_cached_tokens,
+    }
+
+
+def interpret_triton() -> None:
+    """Let vLLM find a CPU backend in Triton: its interpreter."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.backends
+    import triton.runtime.interpreter as interpreter
+
+    driver = SimpleNamespace(is_active=lambda: True)
+    triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+
+    class Builder(interpreter.InterpreterBuilder):
+        # Compiled kernels take integers for masks, as vLLM's n-gram kernel gives them; the interpreter wants bool.
+        def create_masked_load(self, ptrs, mask, *rest):
+            mask.data = mask.data.astype(bool)
+            return super().create_masked_load(ptrs, mask, *rest)
+
+        def create_masked_store(self, ptrs, value, mask, *rest):
+            mask.data = mask.data.astype(bool)
+            return super().create_masked_store(ptrs, value, mask, *rest)
+
+    interpreter.interpreter_builder.__class__ = Builder
+
+
+def main() -> None:
+    checkpoint, runner = sys.argv[1:]
+    if runner == "v2":
+        interpret_triton()
+    from vllm import LLM, SamplingParams
+
+    job = json.load(sys.stdin)
+    defaults = dict(
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=512,
+        max_num_batched_tokens=37,
+        max_num_seqs=8,
+        kv_cache_memory_bytes=32 << 20,
+        disable_log_stats=False,
+    )
+    llm = LLM(checkpoint, **defaults | job["settings"])
+    assert llm.llm_engine.vllm_config.use_v2_model_runner == (runner == "v2")
+
+    def metrics() -> dict[str, int]:
+        found = llm.get_metrics()
+        return {name: sum(entry.value for entry in found if entry.name == f"vllm:{name}") for name in METRICS}
+
+    greedy = dict(temperature=0, max_tokens=12, ignore_eos=True, logprobs=5, detokenize=False)
+    result, before = [], metrics()
+    for batch in job["batches"]:
+        prompts = [{"prompt_token_ids": request["prompt"]} for request in batch]
+        parameters = [SamplingParams(**greedy | request.get("sampling", {})) for request in batch]
+        outputs = llm.generate(prompts, parameters, use_tqdm=False)
+        after = metrics()
+        moved = {name: after[name] - before[name] for name in METRICS}
+        result.append({"outputs": [plain_output(output) for output in outputs], "metrics": moved})
+        before = after
+    print("RESULT", json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
