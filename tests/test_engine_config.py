@@ -1,8 +1,14 @@
 """Settings that cannot be right with YOCO-U are refused in one sentence before an engine starts."""
 
+import logging
+
 import pytest
 import tiny
 from vllm.engine.arg_utils import EngineArgs
+from vllm.usage.usage_lib import UsageContext
+
+from vllm_yocou import v1_runner
+from vllm_yocou.engine_config import CHUNK
 
 REFUSED = [
     (dict(pipeline_parallel_size=2), "Pipeline parallelism is not supported for this model"),
@@ -35,8 +41,12 @@ def checkpoint(tmp_path_factory):
     return str(folder)
 
 
+def engine_args(checkpoint: str, **settings) -> EngineArgs:
+    return EngineArgs(model=checkpoint, skip_tokenizer_init=True, dtype="float32", **settings)
+
+
 def configured(checkpoint: str, **settings):
-    return EngineArgs(model=checkpoint, skip_tokenizer_init=True, dtype="float32", **settings).create_engine_config()
+    return engine_args(checkpoint, **settings).create_engine_config()
 
 
 @pytest.mark.parametrize("settings, sentence", REFUSED, ids=[str(settings) for settings, _ in REFUSED])
@@ -69,3 +79,44 @@ def test_mixtures_of_experts_are_refused_for_now(tmp_path):
 def test_the_window_stays_with_the_layers_that_have_one(checkpoint):
     """A model-wide window would be inherited by the global cache."""
     assert configured(checkpoint).cache_config.sliding_window is None
+
+
+def test_vllms_default_chunk_is_lowered_and_announced(checkpoint, caplog, monkeypatch):
+    """Offline and online defaults differ; any other value is a user's own."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    for usage in (UsageContext.LLM_CLASS, UsageContext.OPENAI_API_SERVER):
+        caplog.clear()
+        found = engine_args(checkpoint).create_engine_config(usage)
+        assert found.scheduler_config.max_num_batched_tokens == CHUNK == found.max_in_flight_tokens
+        assert f"max_num_batched_tokens is {CHUNK} for YOCO-U instead of vLLM's default" in caplog.text
+
+
+@pytest.mark.parametrize("chunk", [512, 8191, 20000])
+def test_a_users_own_chunk_is_kept(checkpoint, chunk):
+    found = configured(checkpoint, max_num_batched_tokens=chunk)
+    assert found.scheduler_config.max_num_batched_tokens == chunk
+
+
+def test_a_chunk_that_must_be_large_stays(checkpoint):
+    """vLLM wants a token for each sequence, and whole prompts where chunks are off."""
+    many = configured(checkpoint, max_num_seqs=1500)
+    assert many.scheduler_config.max_num_batched_tokens == 1500
+    whole = configured(checkpoint, enable_chunked_prefill=False, max_num_seqs=8)
+    assert whole.scheduler_config.max_num_batched_tokens > CHUNK
+
+
+def test_the_v1_runner_is_asked_who_wants_prompt_logprobs(checkpoint):
+    assert configured(checkpoint).model_config.logits_processors == [v1_runner.NAME]
+    own = ["somewhere:Processor"]
+    assert configured(checkpoint, logits_processors=own).model_config.logits_processors == [*own, v1_runner.NAME]
+
+
+def test_and_is_not_asked_where_it_takes_no_such_class(checkpoint):
+    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    for settings in (dict(speculative_config=ngram), dict(runner="pooling")):
+        assert not configured(checkpoint, **settings).model_config.logits_processors
+
+
+def test_unknown_options_are_refused(checkpoint):
+    with pytest.raises(ValueError, match="has no option 'skip'"):
+        configured(checkpoint, additional_config={"yocou": {"skip": False}})

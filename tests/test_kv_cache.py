@@ -1,38 +1,213 @@
-"""The packing rule: fewest groups, no empty slot, a global block of bounded length."""
+"""The packing rule, and what vLLM's scheduler really holds with it: read from the block pool, one token at a time."""
+
+from math import ceil
 
 import pytest
+import tiny
+from test_model import generate, start, stop
+from vllm import SamplingParams
+from vllm.v1.request import Request
 
-from vllm_yocou.kv_cache import MAX_GLOBAL_BLOCK, Packing, choose_packing
+from vllm_yocou.kv_cache import GlobalCacheSpec, Packing, WindowCacheSpec
+from vllm_yocou.options import Options
+
+LIMIT = Options().max_global_block
 
 
-def packing(windows: int, block: int, window_bytes: int = 1024, global_bytes: int = 1024, **limits) -> Packing:
-    return choose_packing(windows, block, window_bytes, global_bytes, **limits)
+def choose(windows: int, block: int, window_bytes: int = 1024, global_bytes: int = 1024, limit: int = LIMIT) -> Packing:
+    return Packing.choose(windows, block, window_bytes, global_bytes, limit)
 
 
 @pytest.mark.parametrize("block, layers, groups", [(32, 15, 3), (16, 30, 2)], ids=["cpu", "cuda"])
 def test_the_papers_shape_needs_few_groups(block, layers, groups):
     """T = 3, S = 10, where one group a layer and iteration would make 31."""
-    chosen = packing(30, block)
-    assert chosen == Packing(layers, block, layers * block)
-    assert 30 // chosen.layers_per_block + 1 == groups
+    chosen = choose(30, block)
+    assert (chosen.layers_per_block, chosen.groups + 1) == (layers, groups)
+    assert chosen.global_block == layers * block and chosen.waste == 0
 
 
-@pytest.mark.parametrize("windows", [1, 2, 5, 7, 12, 30, 36, 77])
+@pytest.mark.parametrize("windows", [1, 2, 5, 7, 12, 30, 36, 37, 77])
 @pytest.mark.parametrize("block", [16, 32])
 @pytest.mark.parametrize("window_bytes, global_bytes", [(8, 8), (8, 4), (4, 8), (6, 8), (8, 5)])
-def test_every_window_page_finds_room_and_no_group_is_ragged(windows, block, window_bytes, global_bytes):
-    chosen = packing(windows, block, window_bytes, global_bytes)
-    F = chosen.layers_per_block
-    assert windows % F == 0
-    assert chosen.global_block % block == 0
-    assert F * block * window_bytes <= chosen.global_block * global_bytes
-    assert (chosen.global_block - block) * global_bytes < F * block * window_bytes
-    assert chosen.global_block <= MAX_GLOBAL_BLOCK or F == 1
-    wider = [G for G in range(F + 1, windows + 1) if windows % G == 0]
-    assert all(-(-G * window_bytes // global_bytes) * block > MAX_GLOBAL_BLOCK for G in wider)
+def test_no_packing_with_fewer_groups_keeps_the_limit(windows, block, window_bytes, global_bytes):
+    chosen = choose(windows, block, window_bytes, global_bytes)
+
+    def global_block(groups: int) -> int:
+        page = ceil(windows / groups) * block * window_bytes
+        return next(tokens for tokens in range(block, 10**6, block) if tokens * global_bytes >= page)
+
+    assert chosen.global_block == global_block(chosen.groups)
+    assert chosen.global_block <= LIMIT or chosen.groups == windows
+    assert all(global_block(groups) > LIMIT for groups in range(1, chosen.groups))
+    assert 0 <= chosen.waste < 1
 
 
 def test_the_limit_is_a_choice():
-    assert packing(30, 32, max_global_block=100).layers_per_block == 3
-    assert packing(30, 32, max_global_block=960).layers_per_block == 30
-    assert packing(30, 32, max_global_block=1).layers_per_block == 1
+    assert choose(30, 32, limit=100).layers_per_block == 3
+    assert choose(30, 32, limit=960).groups == 1
+    assert choose(30, 32, limit=1).groups == 30
+
+
+def test_caches_that_do_not_divide_waste_what_is_said():
+    prime = choose(37, 32)
+    assert (prime.groups, prime.layers_per_block) == (3, 13)
+    assert prime.waste == pytest.approx(2 / 39) and "5.1% of the window blocks unused" in str(prime)
+    odd_bytes = choose(5, 32, window_bytes=6, global_bytes=8)
+    assert odd_bytes.global_block == 4 * 32 and odd_bytes.waste == pytest.approx(1 - 30 / 32)
+
+
+# T·S window caches of W tokens: engines whose pool is looked at. Not one of the sizes divides another in "odd".
+SHAPES = {
+    "paper": dict(num_iterations=3, num_self_decoder_layers=10, num_hidden_layers=11, sliding_window=512),
+    "one-block-a-cache": dict(num_iterations=2, num_self_decoder_layers=3, sliding_window=45),
+    "odd": dict(
+        num_iterations=7,
+        num_self_decoder_layers=1,
+        sliding_window=33,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        cross_num_attention_heads=2,
+        cross_num_key_value_heads=2,
+        cross_head_dim=80,
+    ),
+}
+OPTIONS = {"one-block-a-cache": {"max_global_block": 1}}
+CONTEXT, CHUNK, POOL = 100_000, 1000, 200 << 20
+
+
+class Pool:
+    """The block pool of a real engine, and requests that take slots in it without being computed."""
+
+    def __init__(self, folder, shape: str):
+        self.config = tiny.config(**dict(max_position_embeddings=CONTEXT) | SHAPES[shape])
+        tiny.model(self.config).save_pretrained(folder)
+        self.llm = start(
+            folder,
+            max_model_len=CONTEXT,
+            max_num_batched_tokens=CHUNK,
+            kv_cache_memory_bytes=POOL,
+            enable_prefix_caching=False,
+            additional_config={"yocou": OPTIONS.get(shape, {})},
+        )
+        engine = self.llm.llm_engine.engine_core.engine_core
+        self.vllm_config, self.kv_config = engine.vllm_config, engine.scheduler.kv_cache_config
+        self.manager = engine.scheduler.kv_cache_manager
+        caches = self.vllm_config.compilation_config.static_forward_context
+        self.packing: Packing = caches["model.kv_cache.0"].packing
+        self.everything = self.available
+
+    def request(self, tokens: int, index: int = 0) -> Request:
+        return Request(str(index), [1] * tokens, SamplingParams(max_tokens=1), None)
+
+    def grow(self, request: Request, chunk: int) -> int | None:
+        """Compute `chunk` more tokens; the blocks then taken from the pool, or None if it has not enough."""
+        if self.manager.allocate_slots(request, chunk) is None:
+            return None
+        request.num_computed_tokens += chunk
+        return self.everything - self.available
+
+    def held(self, request: Request) -> int:
+        groups = self.manager.coordinator.single_type_managers
+        return sum(not block.is_null for group in groups for block in group.req_to_blocks[request.request_id])
+
+    def free(self, request: Request) -> None:
+        self.manager.free(request)
+
+    @property
+    def available(self) -> int:
+        return self.manager.block_pool.get_num_free_blocks()
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def pool(request, tmp_path_factory):
+    built = Pool(tmp_path_factory.mktemp("checkpoint"), request.param)
+    yield built
+    llm, built.llm = built.llm, None
+    stop(llm)
+
+
+def touched(start: int, end: int, block: int) -> int:
+    """Blocks that tokens [start, end) lie in."""
+    return ceil(end / block) - start // block
+
+
+def test_groups_are_the_packings(pool):
+    sizes = sorted(len(group.layer_names) for group in pool.kv_config.kv_cache_groups)
+    groups, caches = pool.packing.groups, pool.packing.window_caches
+    assert len(sizes) == groups + 1 and sum(sizes) == caches + 1
+    assert sizes[-1] == pool.packing.layers_per_block
+    (tensor_bytes,) = {tensor.size for tensor in pool.kv_config.kv_cache_tensors} or {0}
+    assert tensor_bytes == pool.kv_config.num_blocks * pool.packing.block_bytes <= POOL
+    specs = {type(group.kv_cache_spec) for group in pool.kv_config.kv_cache_groups}
+    assert specs == {WindowCacheSpec, GlobalCacheSpec}
+
+
+def test_a_decoding_request_holds_the_formula_rounded_up_to_blocks(pool):
+    """SPEC section 4, for every number of tokens from 1 to 100k; everything behind the window is freed."""
+    window, packing = pool.config.sliding_window, pool.packing
+    request = pool.request(CONTEXT)
+    for tokens in range(1, CONTEXT + 1):
+        held = pool.grow(request, 1)
+        pages = touched(max(0, tokens - window), tokens, packing.window_block)
+        assert held == packing.groups * pages + touched(0, tokens, packing.global_block)
+        assert held <= packing.blocks(tokens, window)
+        if tokens % 997 == 0:
+            assert pool.held(request) == held
+    pool.free(request)
+    assert pool.available == pool.everything
+
+
+def test_the_bytes_are_the_formulas(pool):
+    """In bytes: window caches of W tokens and one page more, the global cache to the next block."""
+    cfg, packing, tokens = pool.config, pool.packing, 20_011
+    window = 2 * cfg.num_key_value_heads * cfg.head_dim * 4 * min(tokens, cfg.sliding_window) * packing.window_caches
+    everything = 2 * cfg.cross_num_key_value_heads * cfg.cross_head_dim * 4 * tokens
+    held = packing.blocks(tokens, cfg.sliding_window) * packing.block_bytes
+    rounding = packing.block_bytes * (1 + 2 * packing.groups)
+    assert window + everything <= held < (window + everything) / (1 - packing.waste) + rounding
+
+
+def test_a_prompt_in_chunks_stays_within_what_vllm_promises(pool):
+    """vLLM's start-up line divides the pool by what a request of the full context takes: more is never held."""
+    window, packing, request, peak = pool.config.sliding_window, pool.packing, pool.request(CONTEXT), 0
+    for end in range(CHUNK, CONTEXT + 1, CHUNK):
+        held = pool.grow(request, CHUNK)
+        assert held <= packing.blocks(end, window, CHUNK)
+        peak = max(peak, held)
+    pool.free(request)
+    cache_config = pool.vllm_config.cache_config
+    promised = pool.kv_config.num_blocks / cache_config.kv_cache_max_concurrency
+    assert 0 <= promised - peak <= 2 * packing.groups
+    assert 0 <= promised - packing.blocks(CONTEXT, window, CHUNK) <= packing.groups
+    assert cache_config.kv_cache_size_tokens == int(CONTEXT * cache_config.kv_cache_max_concurrency)
+
+
+def test_tokens_that_fit_in_the_budget(pool):
+    """Requests are let in until the pool is full: as many as the formula, rounded up to blocks, has room for."""
+    tokens, window, packing = 5003, pool.config.sliding_window, pool.packing
+    each = packing.groups * touched(tokens - window, tokens, packing.window_block) + ceil(tokens / packing.global_block)
+    expected, requests = pool.available // each, []
+    while True:
+        requests.append(pool.request(tokens, len(requests)))
+        # In one chunk, then as in decode: one token more, and what is behind the window is free again.
+        if pool.grow(requests[-1], tokens - 1) is None or pool.grow(requests[-1], 1) is None:
+            break
+    for request in requests:
+        pool.free(request)
+    held = packing.blocks(tokens, window, tokens)  # the last one to be let in takes its windows in full for a moment
+    assert expected - ceil(held / each) <= len(requests) - 1 <= expected
+
+
+@pytest.mark.parametrize("limit", [1, 100, 512])
+def test_a_repeated_prompt_hits_whole_global_blocks(limit, tmp_path):
+    tiny.model(tiny.config(num_iterations=5)).save_pretrained(tmp_path)
+    options = {"yocou": {"max_global_block": limit}}
+    llm = start(tmp_path, kv_cache_memory_bytes=32 << 20, additional_config=options, max_num_batched_tokens=101)
+    groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+    block = max(group.kv_cache_spec.block_size for group in groups)
+    assert (block, len(groups)) == {1: (32, 11), 100: (96, 5), 512: (320, 2)}[limit]
+    prompt = tiny.prompt(777)
+    first, second = (generate(llm, [prompt], tokens=4)[0] for _ in range(2))
+    assert first.outputs[0].token_ids == second.outputs[0].token_ids
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 776 // block * block)
+    stop(llm)
