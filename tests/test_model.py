@@ -8,6 +8,7 @@ import gc
 import pytest
 import tiny
 import torch
+from conftest import TRAINED
 from oracle import Oracle
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -158,3 +159,49 @@ def test_the_bound_can_fail():
     model.config.sliding_window = 17
     wrong = model(torch.tensor([tiny.prompt(60)])).logits[0].log_softmax(-1)
     assert (wrong - right).abs().max() > 100 * 3 * oracle.rounding
+
+
+def test_pooling_reads_every_row(tmp_path):
+    """As an embedding model: the mean over all rows, none of which may have skipped the cross-decoder."""
+    model = YocoUForCausalLM.from_pretrained(TRAINED, dtype=torch.float32).eval()
+    settings = dict(dtype="float32", kv_cache_memory_bytes=64 << 20, max_model_len=512, max_num_seqs=4)
+    llm = LLM(str(TRAINED), runner="pooling", pooler_config={"pooling_type": "MEAN"}, **settings)
+    prompts = [tiny.prompt(length) for length in (1, 50, 333)]
+    outputs = llm.embed([{"prompt_token_ids": prompt} for prompt in prompts], use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        with torch.inference_mode():
+            mean_D = model.model(torch.tensor([prompt])).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(torch.tensor(output.outputs.embedding), mean_D / mean_D.norm(), atol=1e-5, rtol=0)
+    stop(llm)
+
+
+def test_without_the_hybrid_manager_it_is_one_group_and_exact(tmp_path):
+    model = tiny.model(tiny.config())
+    model.save_pretrained(tmp_path)
+    llm = start(tmp_path, kv_cache_memory_bytes=64 << 20, disable_hybrid_kv_cache_manager=True)
+    oracle, prompts = Oracle(model), [tiny.prompt(length) for length in (1, 50, 333)]
+    for prompt, output in zip(prompts, generate(llm, prompts), strict=True):
+        oracle.compare(prompt, output)
+    oracle.check()
+    stop(llm)
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM's FP8 KV cache on a CPU needs AVX-512")
+@pytest.mark.parametrize("plain_windows", [False, True], ids=["all", "global-only"])
+def test_caches_in_fp8(plain_windows, tmp_path):
+    """A quarter of float32's bytes; with `--kv-cache-dtype-skip-layers` window and global tokens differ in size."""
+    model = tiny.model(tiny.config())
+    model.save_pretrained(tmp_path)
+    settings = {"kv_cache_dtype_skip_layers": ["sliding_window"]} if plain_windows else {}
+    llm = start(tmp_path, kv_cache_memory_bytes=64 << 20, kv_cache_dtype="fp8", **settings)
+    groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+    bytes_a_token = {group.kv_cache_spec.page_size_bytes // group.kv_cache_spec.block_size for group in groups}
+    assert bytes_a_token == ({128, 512} if plain_windows else {128})
+    oracle, prompts = Oracle(model), [tiny.prompt(length) for length in (1, 50, 333)]
+    skipping, scored = generate(llm, prompts), generate(llm, prompts, prompt_logprobs=1)
+    for prompt, output, other in zip(prompts, skipping, scored, strict=True):
+        # Eight bits change log probabilities, by less where the windows stay as they are; the rows that run do not.
+        oracle.compare(prompt, output, greedy=False)
+        assert output.outputs[0].token_ids == other.outputs[0].token_ids
+    assert 3 * oracle.rounding < oracle.difference < (0.1 if plain_windows else 0.5)
+    stop(llm)

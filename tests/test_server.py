@@ -106,6 +106,31 @@ def test_a_repeated_prompt_hits_the_prefix_cache(client, server, tokenizer):
     assert metric(server, "vllm:prefix_cache_hits_total") - hits >= 512
 
 
+def test_prompts_skip_the_cross_decoder_and_metrics_say_so(client, server, tokenizer):
+    names = [f"vllm:yocou_{rows}_rows_total" for rows in ("self_decoder", "cross_decoder", "skipped")]
+    before = [metric(server, name) for name in names]
+    prompt = tokenizer.encode(VERSE, add_special_tokens=False) * 20
+    complete(client, server, prompt, 5)
+    complete(client, server, prompt[1:], 5, logprobs=1, echo=True)
+    moved = [metric(server, name) - old for name, old in zip(names, before, strict=True)]
+    both, scored = 2 * len(prompt) - 1 + 8, len(prompt) - 1
+    assert moved == [both, scored + 1 + 8, both - scored - 9]
+
+
+def test_structured_output_beside_scored_prompts(client, server, tokenizer, reference):
+    """A grammar, echoed log probabilities and a plain request in one batch."""
+    prompt = tokenizer.encode(VERSE)
+    choice = {"structured_outputs": {"choice": ["the LORD", "the king"]}}
+    settings = dict(model=server.model, prompt=VERSE, temperature=0, max_tokens=12)
+    with ThreadPoolExecutor(3) as pool:
+        chosen = pool.submit(client.completions.create, **settings, extra_body=choice)
+        echoed = pool.submit(complete, client, server, prompt * 30, 12, logprobs=1, echo=True)
+        plain = pool.submit(complete, client, server, prompt, 12)
+    assert chosen.result().choices[0].text in ("the LORD", "the king")
+    assert plain.result().choices[0].token_ids == greedy(reference, prompt, 12)
+    assert echoed.result().choices[0].token_ids == greedy(reference, prompt * 30, 12)
+
+
 def test_an_aborted_stream_leaves_nothing_behind(client, server):
     settings = dict(model=server.model, prompt=VERSE, max_tokens=1900, temperature=0, stream=True)
     stream = client.completions.create(**settings, extra_body={"ignore_eos": True})
