@@ -1,0 +1,104 @@
+"""Engines with random weights, in this process, where their parts can be timed and their pools looked at."""
+
+import gc
+import os
+import platform
+import tempfile
+
+# Before torch and vLLM are imported.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+os.environ["HF_HUB_OFFLINE"] = os.environ["VLLM_NO_USAGE_STATS"] = "1"
+
+import torch  # noqa: E402
+import vllm  # noqa: E402
+from vllm import LLM  # noqa: E402
+from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+
+from vllm_yocou.config import YocoUConfig  # noqa: E402
+
+# (S, C, T) and sizes; vocabulary and, where a table has nothing to do with it, the width are small.
+SHAPES = {
+    "paper 1.3B": dict(
+        num_self_decoder_layers=10,
+        num_hidden_layers=20,
+        num_iterations=3,
+        sliding_window=512,
+        hidden_size=2560,
+        intermediate_size=6912,
+        num_attention_heads=20,
+        num_key_value_heads=4,
+        head_dim=128,
+    ),
+    "24 layers": dict(
+        num_self_decoder_layers=12,
+        num_hidden_layers=24,
+        num_iterations=3,
+        sliding_window=512,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=64,
+    ),
+    "77M": dict(
+        num_self_decoder_layers=8,
+        num_hidden_layers=16,
+        num_iterations=3,
+        sliding_window=256,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+    ),
+    "yoco-u-kjv": dict(
+        num_self_decoder_layers=3,
+        num_hidden_layers=6,
+        num_iterations=3,
+        sliding_window=64,
+        hidden_size=192,
+        intermediate_size=512,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+    ),
+}
+
+
+def config(shape: str, **changed) -> YocoUConfig:
+    sizes = dict(vocab_size=8192, max_position_embeddings=1 << 18, architectures=["YocoUForCausalLM"])
+    return YocoUConfig(**sizes | SHAPES[shape] | changed)
+
+
+def start(cfg: YocoUConfig, **settings) -> LLM:
+    folder = tempfile.mkdtemp(prefix="yocou-bench-")
+    cfg.save_pretrained(folder)
+    defaults = dict(skip_tokenizer_init=True, load_format="dummy", dtype="float32", enable_prefix_caching=False)
+    return LLM(folder, **defaults | settings)
+
+
+def stop(llm: LLM) -> None:
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def core(llm: LLM):
+    return llm.llm_engine.engine_core.engine_core
+
+
+def runner(llm: LLM):
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
+def print_table(title: str, note: str, header: list[str], rows: list[list]) -> None:
+    """Markdown, with what it ran on."""
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()}-core {platform.machine()}"
+    )
+    print(f"\n### {title}\n\n{note} Machine: {device}; vLLM {vllm.__version__}, torch {torch.__version__}.\n")
+    print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
+    for row in rows:
+        print(f"| {' | '.join(str(cell) for cell in row)} |", flush=True)

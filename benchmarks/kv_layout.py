@@ -1,0 +1,59 @@
+"""KV cache groups and bytes: one group a layer and iteration, packed, and the formula, read from vLLM's block pool."""
+
+from benchmarks.engine import config, core, print_table, start, stop  # isort: skip
+from vllm import SamplingParams
+from vllm.v1.request import Request
+
+LENGTHS = (200, 4096, 32768)
+CHUNK = 1024
+LAYOUTS = {"naive": {"max_global_block": 1}, "packed": {}}
+BYTES = 2  # bfloat16
+
+
+def held_in_decode(llm, tokens: int) -> int:
+    """Blocks that a request of `tokens` holds in decode, after a prompt in chunks; nothing is computed."""
+    manager = core(llm).scheduler.kv_cache_manager
+    request, free = Request("0", [1] * tokens, SamplingParams(), None), manager.block_pool.get_num_free_blocks()
+    while request.num_computed_tokens < tokens:
+        chunk = max(1, min(CHUNK, tokens - 1 - request.num_computed_tokens))
+        assert manager.allocate_slots(request, chunk) is not None
+        request.num_computed_tokens += chunk
+    held = free - manager.block_pool.get_num_free_blocks()
+    manager.free(request)
+    return held
+
+
+def formula(cfg, tokens: int) -> int:
+    """Bytes by section 4 of the specification."""
+    window = 2 * cfg.num_key_value_heads * cfg.head_dim * BYTES * min(tokens, cfg.sliding_window)
+    everything = 2 * cfg.cross_num_key_value_heads * cfg.cross_head_dim * BYTES * tokens
+    return window * cfg.num_iterations * cfg.num_self_decoder_layers + everything
+
+
+def row(shape: str, layout: str, groups, block, sizes: list[int]) -> list:
+    cells = [f"{size / 2**20:.2f} MiB, {tokens * 2**30 // size:,}" for size, tokens in zip(sizes, LENGTHS, strict=True)]
+    return [shape, layout, groups, block, *cells]
+
+
+def main() -> None:
+    rows = []
+    for shape in ("paper 1.3B", "77M", "yoco-u-kjv"):
+        # No cache sees the width of the model.
+        cfg = config(shape, hidden_size=64, intermediate_size=64)
+        for layout, options in LAYOUTS.items():
+            settings = dict(dtype="bfloat16", max_model_len=LENGTHS[-1], max_num_batched_tokens=CHUNK)
+            llm = start(cfg, kv_cache_memory_bytes=1 << 30, additional_config={"yocou": options}, **settings)
+            kv_config = core(llm).scheduler.kv_cache_config
+            block_bytes = kv_config.kv_cache_tensors[0].size // kv_config.num_blocks
+            sizes = [held_in_decode(llm, tokens) * block_bytes for tokens in LENGTHS]
+            block = max(group.kv_cache_spec.block_size for group in kv_config.kv_cache_groups)
+            rows.append(row(shape, layout, len(kv_config.kv_cache_groups), f"{block_bytes >> 10} KiB, {block}", sizes))
+            stop(llm)
+        rows.append(row(shape, "formula", "", "", [formula(cfg, tokens) for tokens in LENGTHS]))
+    header = ["shape", "layout", "KV groups", "block: bytes, global tokens"]
+    header += [f"{tokens} tokens: bytes a request, tokens per GiB" for tokens in LENGTHS]
+    print_table("KV cache layouts", "bfloat16, one request in decode, blocks counted in vLLM's pool.", header, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Prefill with and without skipping the cross-decoder, beside the ceiling: the self-decoder and the head alone."""
+
+from benchmarks.engine import config, print_table, runner, start  # isort: skip
+import statistics
+import time
+from contextlib import contextmanager
+
+from vllm import SamplingParams
+
+ROUNDS = {512: 9, 4096: 3, 16384: 2}
+SHAPE = "77M"
+
+
+def flops(cfg, tokens: int, rows: int) -> float:
+    """Multiply-adds times two of a prompt of which `rows` go through the cross-decoder; the head sees one row."""
+    D, F, d, dc = cfg.hidden_size, cfg.intermediate_size, cfg.head_dim, cfg.cross_head_dim
+    heads, kv_heads, cross_heads = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.cross_num_attention_heads
+    passes, cross_layers = cfg.num_iterations * cfg.num_self_decoder_layers, cfg.num_cross_decoder_layers
+    window_keys = sum(min(n, cfg.sliding_window) for n in range(1, tokens + 1))
+    cross_keys = tokens * (tokens + 1) / 2 if rows == tokens else rows * tokens
+    self_layer = tokens * D * (2 * heads * d + 2 * kv_heads * d + 3 * F) + 2 * heads * d * window_keys
+    cross_layer = rows * D * (2 * cross_heads * dc + 3 * F) + 2 * cross_heads * dc * cross_keys
+    global_kv = tokens * D * 2 * cfg.cross_num_key_value_heads * dc
+    return 2 * (passes * self_layer + global_kv + cross_layers * cross_layer + D * cfg.vocab_size)
+
+
+class Prefill:
+    def __init__(self, cfg):
+        settings = dict(max_model_len=max(ROUNDS) + 1, max_num_seqs=4)
+        self.llm = start(cfg, kv_cache_memory_bytes=2 << 30, **settings)
+        self.model = runner(self.llm).model.model
+        groups = [group for groups in runner(self.llm).attn_groups for group in groups]
+        builders = [group.get_metadata_builder() for group in groups]
+        (self.builder,) = (builder for builder in builders if hasattr(builder, "may_skip"))
+
+    @contextmanager
+    def every_row(self):
+        self.builder.may_skip = False
+        yield
+        self.builder.may_skip = True
+
+    @contextmanager
+    def skipping(self):
+        yield
+
+    @contextmanager
+    def self_decoder_alone(self):
+        forward = self.model.cross_decoder.forward
+        self.model.cross_decoder.forward = lambda positions_N, x_ND, source: x_ND
+        yield
+        self.model.cross_decoder.forward = forward
+
+    def seconds(self, tokens: int) -> float:
+        parameters = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+        start_s = time.perf_counter()
+        self.llm.generate([{"prompt_token_ids": [5] * tokens}], parameters, use_tqdm=False)
+        return time.perf_counter() - start_s
+
+
+def main() -> None:
+    cfg = config(SHAPE)
+    prefill, rows = Prefill(cfg), []
+    ways = (prefill.every_row, prefill.skipping, prefill.self_decoder_alone)
+    prefill.seconds(512)
+    for tokens, rounds in ROUNDS.items():
+        times = {way: [] for way in ways}
+        for _ in range(rounds):
+            for way in ways:
+                with way():
+                    times[way].append(prefill.seconds(tokens))
+        every_s, skipping_s, alone_s = (statistics.median(times[way]) for way in ways)
+        by_flops = flops(cfg, tokens, tokens) / flops(cfg, tokens, 0)
+        rows.append(
+            [
+                tokens,
+                f"{every_s:.2f} s",
+                f"{skipping_s:.2f} s",
+                f"{alone_s:.2f} s",
+                f"{every_s / skipping_s:.2f}x",
+                f"{every_s / alone_s:.2f}x",
+                f"{by_flops:.2f}x",
+                f"{alone_s / skipping_s:.0%}",
+            ]
+        )
+    header = ["prompt tokens", "every row", "skipping", "self-decoder alone", "speed-up", "ceiling by time"]
+    note = f"{SHAPE} shape, float32, chunks of vLLM's scheduler with the plugin's default, medians of rounds in turn."
+    header += ["ceiling by FLOPs", "ceiling by time reached"]
+    print_table("Prefill without the cross-decoder", note, header, rows)
+
+
+if __name__ == "__main__":
+    main()
