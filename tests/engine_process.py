@@ -3,8 +3,9 @@
     python engine_process.py CHECKPOINT RUNNER < job.json
 
 The job is {"settings": {...}, "batches": [[{"prompt": [...], "sampling": {...}}]]}, with settings of vLLM's `LLM`.
-`RUNNER` is v1 or v2. vLLM's V2 runner is CUDA's default and wants Triton, of which the CPU build has no backend; here
-its kernels run in Triton's interpreter, on the CPU and with the same results.
+`RUNNER` is v1, v2 or v2-triton. vLLM's V2 runner is CUDA's default and wants Triton, of which the CPU build has no
+backend; here its kernels run in Triton's interpreter, on the CPU and with the same results. With v2-triton attention
+itself, too, is CUDA's Triton backend: slow, so for a few tokens only.
 """
 
 import json
@@ -98,10 +99,23 @@ def interpret_triton() -> None:
     interpreter.interpreter_builder.__class__ = Builder
 
 
+def attend_in_triton() -> None:
+    """Give YOCO-U's caches CUDA's Triton attention; vLLM's CPU platform has only one answer."""
+    import torch
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+
+    import vllm_yocou.attention
+
+    vllm_yocou.attention.get_attn_backend = lambda *args, **kwargs: TritonAttentionBackend
+    torch.cuda.get_device_capability = lambda *args: (9, 0)  # asked for by its cache writer, to choose a block
+
+
 def main() -> None:
     checkpoint, runner = sys.argv[1:]
-    if runner == "v2":
+    if runner.startswith("v2"):
         interpret_triton()
+    if runner == "v2-triton":
+        attend_in_triton()
     from vllm import LLM, SamplingParams
 
     job = json.load(sys.stdin)
@@ -115,7 +129,7 @@ def main() -> None:
         disable_log_stats=False,
     )
     llm = LLM(checkpoint, **defaults | job["settings"])
-    assert llm.llm_engine.vllm_config.use_v2_model_runner == (runner == "v2")
+    assert llm.llm_engine.vllm_config.use_v2_model_runner == runner.startswith("v2")
 
     def metrics() -> dict[str, int]:
         found = llm.get_metrics()

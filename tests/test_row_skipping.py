@@ -122,6 +122,19 @@ def test_ngram_speculation_is_exact(runner, tmp_path):
     assert (batch.metrics["yocou_skipped_rows"] > 0) == (runner == "v2")
 
 
+def test_cudas_triton_attention_on_packed_blocks(tmp_path):
+    """Blocks of 16 tokens, token-major pages, and fewer queries than keys in vLLM's Triton kernels."""
+    model = tiny.model(tiny.config())
+    model.save_pretrained(tmp_path)
+    requests = [
+        {"prompt": tiny.prompt(41), "sampling": {"max_tokens": 3}},
+        {"prompt": tiny.prompt(19), "sampling": {"max_tokens": 2, "prompt_logprobs": 1}},
+    ]
+    (batch,) = engine_process.run(tmp_path, [requests], "v2-triton", max_model_len=64)
+    check(model, requests, batch)
+    assert batch.metrics["yocou_skipped_rows"] == 40
+
+
 def test_switched_off(tmp_path):
     model = tiny.model(tiny.config())
     model.save_pretrained(tmp_path)

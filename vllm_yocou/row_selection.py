@@ -97,6 +97,8 @@ def why_all_rows(vllm_config: "VllmConfig") -> str | None:
         return "pooling reads the hidden states of all rows"
     if vllm_config.lora_config is not None:
         return "vLLM maps adapters to the rows of the whole batch"
+    if vllm_config.kv_transfer_config is not None:
+        return "KV connectors load and save the global cache inside its attention"
     if vllm_config.parallel_config.use_ubatching:
         return "micro-batches have no request indices"
     if vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner:
