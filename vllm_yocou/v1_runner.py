@@ -6,7 +6,11 @@ runner only: the V2 runner refuses such classes.
 """
 
 import torch
+from vllm import SamplingParams
 from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingType
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from vllm_yocou.row_selection import RequestTable
@@ -15,6 +19,18 @@ NAME = f"{__name__}:RequestObserver"
 
 
 class RequestObserver(LogitsProcessor):
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        # Where a chunk does not end its prompt the V1 runner turns the request's generator back, which CPU generators
+        # cannot do: the engine would end, and every other request with it.
+        if sampling_params.sampling_type is SamplingType.RANDOM_SEED and current_platform.is_cpu():
+            raise VLLMValidationError(
+                "seed cannot be used with YOCO-U on vLLM's CPU runner: a prompt computed in chunks would end the "
+                "engine, leave it out or set temperature to 0.",
+                parameter="seed",
+                value=sampling_params.seed,
+            )
+
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
         self.vllm_config = vllm_config
 
