@@ -15,9 +15,10 @@ class Prompt:
     """One engine; the chunk is the scheduler's budget of a step."""
 
     def __init__(self):
-        settings = dict(max_model_len=TOKENS + 1, max_num_seqs=4, max_num_batched_tokens=max(CHUNKS))
+        settings = dict(max_model_len=TOKENS + 1, max_num_seqs=4, max_num_batched_tokens=max(CHUNKS) + 1)
         self.llm = start(config(SHAPE), kv_cache_memory_bytes=2 << 30, **settings)
         self.scheduler = core(self.llm).scheduler
+        assert self.scheduler.max_num_scheduled_tokens > max(CHUNKS)
         kv_config = self.scheduler.kv_cache_config
         self.block_bytes = kv_config.kv_cache_tensors[0].size // kv_config.num_blocks
 

@@ -66,6 +66,9 @@ SHAPES = {
     ),
 }
 
+# Plugin options. A global block as small as a window block has room for one window cache.
+LAYOUTS = {"naive": {"max_global_block": 1}, "packed": {}}
+
 
 def config(shape: str, **changed) -> YocoUConfig:
     sizes = dict(vocab_size=8192, max_position_embeddings=1 << 18, architectures=["YocoUForCausalLM"])

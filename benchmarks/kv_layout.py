@@ -1,12 +1,11 @@
 """KV cache groups and bytes: one group a layer and iteration, packed, and the formula, read from vLLM's block pool."""
 
-from benchmarks.engine import config, core, print_table, start, stop  # isort: skip
+from benchmarks.engine import LAYOUTS, config, core, print_table, start, stop  # isort: skip
 from vllm import SamplingParams
 from vllm.v1.request import Request
 
 LENGTHS = (200, 4096, 32768)
 CHUNK = 1024
-LAYOUTS = {"naive": {"max_global_block": 1}, "packed": {}}
 BYTES = 2  # bfloat16
 
 

@@ -36,8 +36,10 @@ class Prefill:
     @contextmanager
     def every_row(self):
         self.builder.may_skip = False
-        yield
-        self.builder.may_skip = True
+        try:
+            yield
+        finally:
+            self.builder.may_skip = True
 
     @contextmanager
     def skipping(self):
@@ -47,8 +49,10 @@ class Prefill:
     def self_decoder_alone(self):
         forward = self.model.cross_decoder.forward
         self.model.cross_decoder.forward = lambda positions_N, x_ND, source: x_ND
-        yield
-        self.model.cross_decoder.forward = forward
+        try:
+            yield
+        finally:
+            self.model.cross_decoder.forward = forward
 
     def seconds(self, tokens: int) -> float:
         parameters = SamplingParams(temperature=0, max_tokens=1, detokenize=False)

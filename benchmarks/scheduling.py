@@ -4,7 +4,7 @@ import os
 
 # One thread: what is timed is Python, and tensors of a few hundred numbers.
 os.environ["OMP_NUM_THREADS"] = "1"
-from benchmarks.engine import config, core, print_table, runner, start  # isort: skip  # noqa: E402
+from benchmarks.engine import LAYOUTS, config, core, print_table, runner, start  # isort: skip  # noqa: E402
 import statistics
 import time
 
@@ -12,7 +12,6 @@ from vllm import SamplingParams
 
 BATCHES = (1, 8, 16, 64)
 STEPS, ROUNDS = 30, 5
-LAYOUTS = {"naive": {"max_global_block": 1}, "packed": {}}
 
 
 class Engine:

@@ -3,12 +3,22 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from vllm.v1.attention.backend import AttentionCGSupport
+import torch
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_yocou.backend import LAYOUTS, packed_backend, row_selecting_backend, served_backend, smallest_block
+from vllm_yocou.backend import (
+    LAYOUTS,
+    packed_backend,
+    reduce_metadata,
+    row_selecting_backend,
+    served_backend,
+    smallest_block,
+)
+from vllm_yocou.row_selection import SelectedRows
 
 BLOCKS = {"CPU_ATTN": 32, "FLASH_ATTN": 16, "TRITON_ATTN": 16}
 
@@ -35,9 +45,38 @@ def test_only_the_global_cache_has_another_builder_and_its_graphs_hold_decodes(b
     packed, selecting = packed_backend(base).get_builder_cls(), row_selecting_backend(base).get_builder_cls()
     assert packed is base.get_builder_cls() and issubclass(selecting, packed)
     supported = selecting.get_cudagraph_support(None, None)
-    assert supported.value <= min(
-        packed.get_cudagraph_support(None, None).value, AttentionCGSupport.UNIFORM_BATCH.value
+    mixed_too = packed.get_cudagraph_support(None, None) is AttentionCGSupport.ALWAYS
+    assert supported is (AttentionCGSupport.UNIFORM_BATCH if mixed_too else packed._cudagraph_support)
+
+
+def batch(lengths: list[int], contexts: list[int], padding: int = 0) -> CommonAttentionMetadata:
+    start = torch.tensor([0, *np.cumsum(lengths), *[sum(lengths)] * padding], dtype=torch.int32)
+    requests = len(lengths) + padding
+    return CommonAttentionMetadata(
+        query_start_loc=start,
+        query_start_loc_cpu=start,
+        seq_lens=torch.tensor([*contexts, *[0] * padding], dtype=torch.int32),
+        num_reqs=requests,
+        num_actual_tokens=sum(lengths),
+        max_query_len=max(lengths),
+        max_seq_len=max(contexts),
+        block_table_tensor=torch.zeros(requests, 4, dtype=torch.int32),
+        slot_mapping=torch.arange(sum(lengths)),
     )
+
+
+@pytest.mark.parametrize(
+    "selected, padding, longest",
+    [([1, 1, 1], 0, 1), ([1, 0, 1], 0, 2), ([1, 1, 1], 2, 2), ([1, 0, 30], 0, 30), ([4, 1, 1], 1, 4)],
+)
+def test_a_longest_query_of_one_means_one_query_a_request(selected, padding, longest):
+    """FlashAttention 2 relies on it: it then reads queries by request and not by where each begins."""
+    whole = batch([30, 30, 30], [30, 60, 90], padding)
+    starts = np.array([0, *np.cumsum(selected)], dtype=np.int32)
+    reduced = reduce_metadata(whole, SelectedRows(np.arange(sum(selected)), starts))
+    assert reduced.max_query_len == longest and reduced.num_actual_tokens == sum(selected)
+    assert reduced.query_start_loc.tolist() == [*starts, *[sum(selected)] * padding]
+    assert reduced.num_reqs == whole.num_reqs and reduced.seq_lens is whole.seq_lens
 
 
 def test_another_backend_is_refused_if_chosen_and_replaced_if_not():

@@ -111,6 +111,11 @@ def test_the_v1_runner_is_asked_who_wants_prompt_logprobs(checkpoint):
     assert configured(checkpoint, logits_processors=own).model_config.logits_processors == [*own, v1_runner.NAME]
 
 
+def test_what_it_refuses_is_refused_whether_rows_skip_or_not(checkpoint):
+    off = configured(checkpoint, additional_config={"yocou": {"skip_rows": False}})
+    assert off.model_config.logits_processors == [v1_runner.NAME]
+
+
 def test_and_is_not_asked_where_it_takes_no_such_class(checkpoint):
     ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     for settings in (dict(speculative_config=ngram), dict(runner="pooling")):

@@ -46,6 +46,8 @@ def test_the_limit_is_a_choice():
     assert choose(30, 32, limit=100).layers_per_block == 3
     assert choose(30, 32, limit=960).groups == 1
     assert choose(30, 32, limit=1).groups == 30
+    # No block is smaller than the backend's, and vLLM fills one with all the caches that it has room for.
+    assert choose(30, 32, window_bytes=1, global_bytes=3, limit=1).layers_per_block == 3
 
 
 def test_caches_that_do_not_divide_waste_what_is_said():

@@ -1,5 +1,6 @@
 """Counters of one process are seen by another, under vLLM's names, and add up over ranks and engines."""
 
+import logging
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -54,4 +55,25 @@ def test_vllms_own_directory_is_used_where_it_has_one(temporary, monkeypatch):
     assert row_metrics.collector.directories == []  # vLLM collects that directory itself
     subprocess.run([sys.executable, "-c", WRITE, "19", "0"], check=True)
     (file,) = temporary.glob("counter_*.db")
-    assert file.name.startswith("counter_yocou")
+    assert file.name.startswith("counter_yocou-19-")
+
+
+PARTS = dict(
+    model_config=SimpleNamespace(served_model_name="tiny"), parallel_config=SimpleNamespace(data_parallel_index=0)
+)
+
+
+def test_engines_of_one_process_do_not_share_a_file(temporary):
+    for instance, rows in (("20", 200), ("20_dp1", 7)):
+        row_metrics.RowCounters(SimpleNamespace(instance_id=instance, **PARTS)).count(rows, 0)
+    collector = row_metrics.RowCollector()
+    collector.directories.append(row_metrics.directory(SimpleNamespace(instance_id="20")))
+    counted = {sample.name: sample.value for metric in collector.collect() for sample in metric.samples}
+    assert counted["vllm:yocou_skipped_rows_total"] == 207
+
+
+def test_a_directory_that_cannot_be_written_stops_nothing(temporary, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(temporary / "nobody" / "made" / "this"))
+    row_metrics.RowCounters(SimpleNamespace(instance_id="21", **PARTS)).count(1, 1)
+    assert "row counters are not on /metrics" in caplog.text

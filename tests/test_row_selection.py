@@ -11,13 +11,17 @@ from vllm_yocou.row_selection import RequestTable, select_rows, why_all_rows
 
 
 def in_words(requests: list[dict]) -> tuple[list[int], list[int]]:
-    """(rows, rows of each request) for requests with rows, context, prefilling, wants and prompt."""
+    """(rows, rows of each request): a row runs if a token is sampled behind it or its log probabilities are wanted."""
     rows, counts, start = [], [], 0
     for request in requests:
-        own = list(range(start, start + request["rows"]))
+        before = request["context"] - request["rows"]
+        own = [
+            start + i
+            for i in range(request["rows"])
+            # The token at position p decides what is sampled at p + 1, which the prefill may already contain.
+            if request["wants"] or not request["prefilling"] or before + i + 1 >= request["prompt"]
+        ]
         start += request["rows"]
-        if request["prefilling"] and not request["wants"]:
-            own = own[-1:] if request["context"] >= request["prompt"] else []
         rows += own
         counts.append(len(own))
     return rows, counts
@@ -44,12 +48,11 @@ def test_against_words():
         rows, counts = in_words(requests)
         assert selected.rows_M.tolist() == rows and selected.rows_M.dtype == np.int64
         assert np.diff(selected.query_start_loc).tolist() == counts and selected.query_start_loc.dtype == np.int32
-        assert selected.longest == max(counts)
 
 
 def test_the_table_follows_the_runner():
     table = RequestTable(4)
-    assert not table.kept
+    assert not table.filled
     table.add(0, SamplingParams(), 10)
     table.add(1, SamplingParams(prompt_logprobs=0), 11)
     table.add(2, SamplingParams(prompt_logprob_token_ids=[[1, 2]]), 12)
@@ -58,9 +61,9 @@ def test_the_table_follows_the_runner():
     table.swap(0, 1)
     table.move(2, 3)
     assert table.wants_prompt.tolist() == [True, False, True, True]
-    assert table.prompt_length.tolist() == [11, 10, 12, 12]
+    assert table.prefill_length.tolist() == [11, 10, 12, 12]
     table.add(0, SamplingParams(), 5)
-    assert not table.wants_prompt[0] and table.prompt_length[0] == 5
+    assert not table.wants_prompt[0] and table.prefill_length[0] == 5
 
 
 def settings(**changed) -> SimpleNamespace:

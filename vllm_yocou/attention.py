@@ -45,7 +45,7 @@ class CachedAttention(Attention):
     @property
     def token_bytes(self) -> int:
         """Bytes of one token in this cache, on this rank."""
-        return self.spec(block_size=1).page_size_bytes
+        return self.attn_backend.customize_spec(self.spec(block_size=1)).page_size_bytes
 
     def spec(self, block_size: int) -> KVCacheSpec:
         raise NotImplementedError
@@ -88,8 +88,8 @@ class GlobalAttention(CachedAttention):
     def selected_rows(self) -> torch.Tensor | None:
         """(M,) int64, the rows of this step that `attend` takes, ascending; None if it takes all."""
         metadata = get_forward_context().attn_metadata
-        if isinstance(metadata, list):  # one for each micro-batch: no row skips then
-            return None
+        if isinstance(metadata, list):  # as vLLM's attention op reads it
+            metadata = metadata[0]
         return None if metadata is None else metadata[self.layer_name].selected_rows_M
 
     def spec(self, block_size: int) -> GlobalCacheSpec:

@@ -136,7 +136,7 @@ class RowSelecting:
     def select(self, batch: CommonAttentionMetadata) -> SelectedRows | None:
         """The rows to run, or None for all of them."""
         nothing_to_skip = batch.max_query_len <= self.longest_decode
-        if nothing_to_skip or not (self.may_skip and self.requests.kept) or batch.is_prefilling is None:
+        if nothing_to_skip or not (self.may_skip and self.requests.filled):
             return None
         # V2's batches name each request's index in its table, V1's batches are that table.
         index = np.arange(len(batch.is_prefilling)) if batch.req_idx is None else batch.req_idx
@@ -147,20 +147,22 @@ class RowSelecting:
             batch.seq_lens_cpu_upper_bound[:real].numpy(),
             batch.is_prefilling[:real].numpy(),
             self.requests.wants_prompt[index],
-            self.requests.prompt_length[index],
+            self.requests.prefill_length[index],
         )
         return None if len(selected.rows_M) == batch.query_start_loc_cpu[-1] else selected
 
 
 def reduce_metadata(batch: CommonAttentionMetadata, selected: SelectedRows) -> CommonAttentionMetadata:
     """The batch as the cross-decoder sees it: same requests and contexts, fewer queries."""
-    padding = batch.num_reqs + 1 - len(selected.query_start_loc)
+    queries = np.diff(selected.query_start_loc)
+    padding = batch.num_reqs - len(queries)
     start_cpu = torch.from_numpy(np.pad(selected.query_start_loc, (0, padding), mode="edge"))
     return batch.replace(
         query_start_loc=async_tensor_h2d(start_cpu, device=batch.query_start_loc.device),
         query_start_loc_cpu=start_cpu,
         num_actual_tokens=len(selected.rows_M),
-        max_query_len=selected.longest,
+        # FlashAttention 2 takes a longest query of one for exactly one query a request; here some may have none.
+        max_query_len=max(int(queries.max()), 1 if padding == 0 and queries.all() else 2),
         positions=None,
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,

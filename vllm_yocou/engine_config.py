@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_yocou.options import Options
-from vllm_yocou.row_selection import why_all_rows
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -68,8 +67,9 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
         Options.of(vllm_config.additional_config)
         _choose_chunk(vllm_config)
         row_metrics.expose(vllm_config)
-        if why_all_rows(vllm_config) is None and not vllm_config.use_v2_model_runner:
-            model_config = vllm_config.model_config
+        model_config = vllm_config.model_config
+        if model_config.runner_type == "generate" and speculative is None and not vllm_config.use_v2_model_runner:
+            # vLLM refuses such classes everywhere else. With one, its V1 runner keeps output tokens for every request.
             model_config.logits_processors = [*(model_config.logits_processors or ()), v1_runner.NAME]
         if vllm_config.compilation_config.mode is None:
             # The model is not compiled as a whole; compiling single operations costs start-up and a C++ compiler.
@@ -94,7 +94,7 @@ def _check_shards(config: "YocoUConfig", ranks: int) -> None:
 
 
 def _choose_chunk(vllm_config: "VllmConfig") -> None:
-    """Lower vLLM's default of `max_num_batched_tokens`; a user's own value stays.
+    """Lower vLLM's default of `max_num_batched_tokens`; a user's own value stays, unless it is that default.
 
     vLLM has filled in its default by now and does not say so: a value counts as one if it is what vLLM would have
     chosen. That is announced, and any other value is a way to insist.

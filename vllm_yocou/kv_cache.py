@@ -64,7 +64,7 @@ class Packing:
             page_bytes = ceil(window_caches / groups) * block * window_bytes
             global_block = ceil(page_bytes / (block * global_bytes)) * block
             packing = cls(window_caches, groups, block, global_block, window_bytes, global_bytes)
-            if global_block <= max_global_block:
+            if global_block <= max(max_global_block, block):
                 break
         return packing
 

@@ -197,7 +197,7 @@ class DecoderLayer(nn.Module):
             prefix=f"{prefix}.mlp",
         )
 
-    def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor, source) -> torch.Tensor:
+    def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor, source: int | torch.Tensor) -> torch.Tensor:
         """`source` is what the attention reads: the iteration in the self-decoder, the written token in the other."""
         x_ND = x_ND + self.attention(positions_N, self.input_layernorm(x_ND), source)
         return x_ND + self.mlp(self.post_attention_layernorm(x_ND))
@@ -230,7 +230,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor, source) -> torch.Tensor:
+    def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor, source: int | torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
             x_ND = layer(positions_N, x_ND, source)
         return x_ND
@@ -351,6 +351,7 @@ class YocoUForCausalLM(nn.Module):
 
     def get_model_state_cls(self) -> type:
         """The V2 runner's hook; V1's is named by the engine config."""
+        # The V1 runner of a machine without Triton never imports V2's modules.
         from vllm_yocou.v2_runner import YocoUModelState
 
         return YocoUModelState

@@ -3,10 +3,12 @@
 Workers are processes of their own and vLLM carries no numbers of a model's from them to the server (a
 `vllm.stat_logger_plugins` entry would see none either, and would turn statistics on for every model in the
 environment). So the first rank writes prometheus_client's multiprocess format, a file for each process, and the
-process that answers /metrics merges them. Where vLLM itself runs in that mode, its own directory is used.
+process that answers /metrics merges them. Where vLLM itself runs in that mode, its own directory is used. Ranks on
+other machines are not seen, and engines of this process that have ended stay in the sums.
 """
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -28,6 +30,8 @@ HELP = {
 }
 VLLM_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 
+logger = logging.getLogger("vllm.plugins.yocou")
+
 
 def directory(vllm_config: "VllmConfig") -> Path:
     """Where workers write; the same in every process of one engine, and for all its data-parallel ranks."""
@@ -45,12 +49,18 @@ class RowCounters:
         values = [vllm_config.model_config.served_model_name, str(vllm_config.parallel_config.data_parallel_index)]
         self.keys = [mmap_key(name, f"{name}_total", names, values, text) for name, text in HELP.items()]
         self.totals = [0, 0, 0]
-        where = directory(vllm_config)
-        where.mkdir(mode=0o700, exist_ok=True)
-        # vLLM's own counters of this process may live in `counter_<pid>.db` there.
-        self.file = MmapedDict(str(where / f"counter_yocou{os.getpid()}.db"))
+        where, instance = directory(vllm_config), vllm_config.instance_id.replace("_", "-")
+        try:
+            where.mkdir(mode=0o700, exist_ok=True)
+            # One file for each engine of a process; vLLM's own counters may live in `counter_<pid>.db` there.
+            self.file = MmapedDict(str(where / f"counter_yocou-{instance}-{os.getpid()}.db"))
+        except OSError as error:
+            self.file = None
+            logger.warning("YOCO-U's row counters are not on /metrics, %s cannot be written: %s.", where, error)
 
     def count(self, self_decoder: int, cross_decoder: int) -> None:
+        if self.file is None:
+            return
         now = time.time()
         for i, rows in enumerate((self_decoder, cross_decoder, self_decoder - cross_decoder)):
             self.totals[i] += rows

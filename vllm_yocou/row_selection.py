@@ -21,28 +21,28 @@ if TYPE_CHECKING:
 class RequestTable:
     """What the selection knows of each running request, by the index that the model runner gives it.
 
-    A hook of the runner fills it. Until the hook has said that it does (`kept`), nobody knows who wants prompt
-    log probabilities, and every row runs.
+    A hook of the runner fills it. Until the hook has said so (`filled`), nobody knows who wants prompt log
+    probabilities, and every row runs.
     """
 
     def __init__(self, capacity: int):
-        self.kept = False
+        self.filled = False
         self.wants_prompt = np.zeros(capacity, dtype=bool)
-        self.prompt_length = np.zeros(capacity, dtype=np.int64)
+        self.prefill_length = np.zeros(capacity, dtype=np.int64)
 
-    def add(self, index: int, params: "SamplingParams | None", prompt_length: int) -> None:
-        """`prompt_length`: tokens, or 0 where unknown, which keeps the last row of every chunk."""
+    def add(self, index: int, params: "SamplingParams | None", prefill_length: int) -> None:
+        """`prefill_length`: tokens before the first that is sampled; 0, where unknown, makes every row run."""
         self.wants_prompt[index] = params is not None and (
             params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
         )
-        self.prompt_length[index] = prompt_length
+        self.prefill_length[index] = prefill_length
 
     def move(self, source: int, target: int) -> None:
-        for column in (self.wants_prompt, self.prompt_length):
+        for column in (self.wants_prompt, self.prefill_length):
             column[target] = column[source]
 
     def swap(self, one: int, other: int) -> None:
-        for column in (self.wants_prompt, self.prompt_length):
+        for column in (self.wants_prompt, self.prefill_length):
             column[[one, other]] = column[[other, one]]
 
 
@@ -53,12 +53,10 @@ class SelectedRows:
     Attributes:
         rows_M: (M,) int64, indices into the step's N rows, ascending.
         query_start_loc: (requests + 1,) int32, where each request's rows begin among the M.
-        longest: most rows of one request.
     """
 
     rows_M: np.ndarray
     query_start_loc: np.ndarray
-    longest: int
 
 
 def select_rows(
@@ -66,31 +64,33 @@ def select_rows(
     context_lengths: np.ndarray,
     is_prefilling: np.ndarray,
     wants_prompt: np.ndarray,
-    prompt_lengths: np.ndarray,
+    prefill_lengths: np.ndarray,
 ) -> SelectedRows:
-    """All rows of decoding requests and of those that want prompt log probabilities; else the row that ends the prompt.
+    """Rows from each request's last prefill token on, and all rows of those that want prompt log probabilities.
 
     Args:
         query_start_loc: (R + 1,) where each request's rows begin among the step's N.
         context_lengths: (R,) tokens of each request after this step.
         is_prefilling: (R,) bool, whether the step began inside the request's prompt.
-        wants_prompt, prompt_lengths: (R,) from the request table.
+        wants_prompt, prefill_lengths: (R,) from the request table.
 
-    A chunk that does not reach the end of its prompt sends no row: the token sampled there is thrown away.
+    A chunk that does not reach the end of its prefill sends no row: the token sampled there is thrown away. Rows behind
+    the last prefill token are drafts, which vLLM may schedule in the step that ends a prefill.
     """
     scheduled = np.diff(query_start_loc)
-    ends_prompt = context_lengths >= prompt_lengths
-    skipping = is_prefilling & ~wants_prompt
-    selected = np.where(skipping, np.minimum(scheduled, ends_prompt), scheduled)
+    sampled = np.clip(context_lengths - prefill_lengths + 1, 0, scheduled)
+    selected = np.where(is_prefilling & ~wants_prompt, sampled, scheduled)
     starts = np.zeros_like(query_start_loc)
     np.cumsum(selected, out=starts[1:])
     # The m-th selected row of a request that keeps k of its rows lies m - k before the request's end.
     rows_M = np.repeat(query_start_loc[1:] - starts[1:], selected) + np.arange(starts[-1])
-    return SelectedRows(rows_M.astype(np.int64), starts.astype(np.int32), int(selected.max(initial=0)))
+    return SelectedRows(rows_M.astype(np.int64), starts.astype(np.int32))
 
 
 def why_all_rows(vllm_config: "VllmConfig") -> str | None:
     """Why no row may skip the cross-decoder under these settings, or None if rows may."""
+    from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
+
     if not Options.of(vllm_config.additional_config).skip_rows:
         return "skip_rows is off"
     if vllm_config.model_config.runner_type == "pooling":
@@ -101,6 +101,8 @@ def why_all_rows(vllm_config: "VllmConfig") -> str | None:
         return "KV connectors load and save the global cache inside its attention"
     if vllm_config.parallel_config.use_ubatching:
         return "micro-batches have no request indices"
+    if is_breakable_cudagraph_enabled():
+        return "breakable CUDA graphs replay mixed batches with all rows"
     if vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner:
         return "vLLM's V1 runner does not say which requests want prompt logprobs under speculative decoding"
     return None

@@ -1,8 +1,9 @@
 """How vLLM's V1 runner tells the row selection about its requests: through the interface of custom logits processors.
 
 A logits processor is told of every change of the batch, with the requests' sampling parameters, before the forward
-pass of the step. This one looks and leaves the logits alone. The engine config names it, for YOCO-U models on the V1
-runner only: the V2 runner refuses such classes.
+pass of the step, and sees each request's parameters before the engine does. This one looks, refuses what the runner
+would die of, and leaves the logits alone. The engine config names it, for YOCO-U models on the V1 runner only: the V2
+runner refuses such classes.
 """
 
 import torch
@@ -43,7 +44,7 @@ class RequestObserver(LogitsProcessor):
         if batch_update is None:
             return
         for table in self.tables():
-            table.kept = True
+            table.filled = True
             # The indices of removed requests are free until an addition or a move takes them.
             for index, params, prompt_token_ids, _ in batch_update.added:
                 table.add(index, params, len(prompt_token_ids or ()))

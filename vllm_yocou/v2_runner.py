@@ -11,9 +11,10 @@ class YocoUModelState(DefaultModelState):
     def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache, device: torch.device):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.requests = model.model.global_kv.cache.requests
-        self.requests.kept = True
+        self.requests.filled = True
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
-        prompt = new_req_data.prompt_token_ids or ()
-        self.requests.add(req_index, new_req_data.sampling_params, len(prompt))
+        # With the tokens generated before a preemption, which the runner computes again as prefill.
+        prefill = new_req_data.prefill_token_ids or ()
+        self.requests.add(req_index, new_req_data.sampling_params, len(prefill))
