@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from vllm import SamplingParams
 
-ROUNDS = {512: 9, 4096: 3, 16384: 2}
+ROUNDS = {512: 15, 4096: 5, 16384: 3}
 SHAPE = "77M"
 
 
@@ -31,15 +31,15 @@ class Prefill:
         self.model = runner(self.llm).model.model
         groups = [group for groups in runner(self.llm).attn_groups for group in groups]
         builders = [group.get_metadata_builder() for group in groups]
-        (self.builder,) = (builder for builder in builders if hasattr(builder, "may_skip"))
+        (self.builder,) = (builder for builder in builders if hasattr(builder, "selector"))
 
     @contextmanager
     def every_row(self):
-        self.builder.may_skip = False
+        self.builder.selector.may_skip = False
         try:
             yield
         finally:
-            self.builder.may_skip = True
+            self.builder.selector.may_skip = True
 
     @contextmanager
     def skipping(self):

@@ -1,5 +1,6 @@
 """Settings that every test needs before torch starts its threads, and the one server that the online tests share."""
 
+import logging
 import os
 import socket
 import subprocess
@@ -37,6 +38,16 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(
                 f"|Δlogprob| <= {difference:.1e} of {compared:5} values, reference's rounding {rounding:.1e}: {test}"
             )
+
+
+@pytest.fixture
+def lines(monkeypatch) -> list[str]:
+    """What the plugin logs, taken by a filter: vLLM drops handlers when an engine configures logging."""
+    collected, logger = [], logging.getLogger("vllm.plugins.yocou")
+    monkeypatch.setattr(logger, "filters", [lambda record: collected.append(record.getMessage())])
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    logger.manager._clear_cache()
+    return collected
 
 
 @dataclass(frozen=True)

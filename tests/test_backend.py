@@ -87,6 +87,14 @@ def test_another_backend_is_refused_if_chosen_and_replaced_if_not():
     assert served_backend(FlexAttentionBackend, chosen_by_user=False).get_name() == "TRITON_ATTN"
 
 
+@pytest.mark.parametrize("cache_dtype", ["fp8_per_token_head", "int8_per_token_head", "bfloat16"])
+def test_a_cache_dtype_that_the_kernels_do_not_read_is_refused(cache_dtype):
+    cpu = AttentionBackendEnum.CPU_ATTN.get_class()
+    with pytest.raises(ValueError, match=f"--kv-cache-dtype {cache_dtype} cannot be used .* CPU_ATTN: .* fp8_e5m2"):
+        served_backend(cpu, chosen_by_user=False, cache_dtype=cache_dtype)
+    assert served_backend(cpu, chosen_by_user=False, cache_dtype="fp8") is cpu
+
+
 def test_other_models_see_none_of_it():
     """vLLM's own backends are what they were after ours have been built on them."""
     program = """

@@ -1,7 +1,5 @@
 """Settings that cannot be right with YOCO-U are refused in one sentence before an engine starts."""
 
-import logging
-
 import pytest
 import tiny
 from vllm.engine.arg_utils import EngineArgs
@@ -81,20 +79,25 @@ def test_the_window_stays_with_the_layers_that_have_one(checkpoint):
     assert configured(checkpoint).cache_config.sliding_window is None
 
 
-def test_vllms_default_chunk_is_lowered_and_announced(checkpoint, caplog, monkeypatch):
+def test_vllms_default_chunk_is_lowered_and_announced(checkpoint, lines):
     """Offline and online defaults differ; any other value is a user's own."""
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     for usage in (UsageContext.LLM_CLASS, UsageContext.OPENAI_API_SERVER):
-        caplog.clear()
+        lines.clear()
         found = engine_args(checkpoint).create_engine_config(usage)
         assert found.scheduler_config.max_num_batched_tokens == CHUNK == found.max_in_flight_tokens
-        assert f"max_num_batched_tokens is {CHUNK} for YOCO-U instead of vLLM's default" in caplog.text
+        assert f"max_num_batched_tokens is {CHUNK} for YOCO-U instead of vLLM's default" in "".join(lines)
 
 
 @pytest.mark.parametrize("chunk", [512, 8191, 20000])
 def test_a_users_own_chunk_is_kept(checkpoint, chunk):
     found = configured(checkpoint, max_num_batched_tokens=chunk)
     assert found.scheduler_config.max_num_batched_tokens == chunk
+
+
+def test_a_default_that_the_user_means_is_kept_too(checkpoint):
+    keep = {"yocou": {"lower_chunk": False}}
+    found = configured(checkpoint, max_num_batched_tokens=2048, additional_config=keep)
+    assert found.scheduler_config.max_num_batched_tokens == 2048
 
 
 def test_a_chunk_that_must_be_large_stays(checkpoint):
@@ -120,6 +123,11 @@ def test_and_is_not_asked_where_it_takes_no_such_class(checkpoint):
     ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     for settings in (dict(speculative_config=ngram), dict(runner="pooling")):
         assert not configured(checkpoint, **settings).model_config.logits_processors
+
+
+def test_what_cannot_be_refused_under_speculation_is_said(checkpoint, lines):
+    configured(checkpoint, speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3})
+    assert "A request with a seed and temperature above 0 ends vLLM's CPU engine" in "".join(lines)
 
 
 def test_unknown_options_are_refused(checkpoint):

@@ -98,6 +98,19 @@ class Pool:
         self.packing: Packing = caches["model.kv_cache.0"].packing
         self.everything = self.available
 
+    def formula(self, tokens: int) -> int:
+        """Bytes by section 4 of the specification."""
+        cfg = self.config
+        window = 2 * cfg.num_key_value_heads * cfg.head_dim * 4 * min(tokens, cfg.sliding_window)
+        everything = 2 * cfg.cross_num_key_value_heads * cfg.cross_head_dim * 4 * tokens
+        return window * cfg.num_iterations * cfg.num_self_decoder_layers + everything
+
+    def formula_in_blocks(self, tokens: int) -> int:
+        """The same, the global cache rounded up to a block and a window to pages, of which it may touch one more."""
+        cfg, packing = self.config, self.packing
+        pages = ceil(min(tokens, cfg.sliding_window) / packing.window_block) + (tokens > cfg.sliding_window)
+        return (packing.groups * pages + ceil(tokens / packing.global_block)) * packing.block_bytes
+
     def request(self, tokens: int, index: int = 0) -> Request:
         return Request(str(index), [1] * tokens, SamplingParams(max_tokens=1), None)
 
@@ -152,21 +165,12 @@ def test_a_decoding_request_holds_the_formula_rounded_up_to_blocks(pool):
         held = pool.grow(request, 1)
         pages = touched(max(0, tokens - window), tokens, packing.window_block)
         assert held == packing.groups * pages + touched(0, tokens, packing.global_block)
+        assert pool.formula(tokens) <= held * packing.block_bytes <= pool.formula_in_blocks(tokens)
         assert held <= packing.blocks(tokens, window)
         if tokens % 997 == 0:
             assert pool.held(request) == held
     pool.free(request)
     assert pool.available == pool.everything
-
-
-def test_the_bytes_are_the_formulas(pool):
-    """In bytes: window caches of W tokens and one page more, the global cache to the next block."""
-    cfg, packing, tokens = pool.config, pool.packing, 20_011
-    window = 2 * cfg.num_key_value_heads * cfg.head_dim * 4 * min(tokens, cfg.sliding_window) * packing.window_caches
-    everything = 2 * cfg.cross_num_key_value_heads * cfg.cross_head_dim * 4 * tokens
-    held = packing.blocks(tokens, cfg.sliding_window) * packing.block_bytes
-    rounding = packing.block_bytes * (1 + 2 * packing.groups)
-    assert window + everything <= held < (window + everything) / (1 - packing.waste) + rounding
 
 
 def test_a_prompt_in_chunks_stays_within_what_vllm_promises(pool):

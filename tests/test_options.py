@@ -7,7 +7,9 @@ from vllm_yocou.options import Options
 
 def test_defaults_and_what_is_given():
     assert Options.of({}) == Options.of({"other_plugin": {"max_global_block": "x"}}) == Options()
-    assert Options.of({"yocou": {"max_global_block": 64, "skip_rows": False}}) == Options(64, False)
+    assert Options.of({"yocou": {"max_global_block": 64, "skip_rows": False}}) == Options(
+        max_global_block=64, skip_rows=False
+    )
     assert Options.of(object()) == Options()  # vLLM allows any hashable object there
 
 
@@ -15,7 +17,7 @@ def test_defaults_and_what_is_given():
     "given, sentence",
     [
         ({"yocou": 7}, r'additional_config\["yocou"\] is 7: give an object'),
-        ({"yocou": {"block": 7}}, "has no option 'block': choose from max_global_block, skip_rows"),
+        ({"yocou": {"block": 7}}, "has no option 'block': choose from lower_chunk, max_global_block, skip_rows"),
         ({"yocou": {"max_global_block": "many"}}, "is 'many': give int"),
         ({"yocou": {"max_global_block": True}}, "is True: give int"),
         ({"yocou": {"skip_rows": 1}}, "is 1: give bool"),

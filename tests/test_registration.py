@@ -1,6 +1,5 @@
 """The plugin may run in anybody's vLLM process: cheap, repeatable, silent, and never an exception."""
 
-import logging
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -47,17 +46,6 @@ assert ours == {"vllm_yocou"} | {f"vllm_yocou.{name}" for name in expected}, our
 assert not {name for name in set(sys.modules) - loaded if "modeling_" in name}
 """
     subprocess.run([sys.executable, "-c", program], check=True)
-
-
-@pytest.fixture
-def lines(monkeypatch) -> list[str]:
-    """What the plugin logs, taken at its own logger: what is above it depends on what ran before in this process."""
-    collected = []
-    handler = logging.Handler()
-    handler.emit = lambda record: collected.append(record.getMessage())
-    monkeypatch.setattr(registration.logger, "handlers", [handler])
-    monkeypatch.setattr(registration.logger, "propagate", False)
-    return collected
 
 
 def test_an_unsupported_vllm_gets_one_line(monkeypatch, lines):

@@ -118,12 +118,12 @@ def test_prompts_skip_the_cross_decoder_and_metrics_say_so(client, server, token
 
 
 def test_structured_output_beside_scored_prompts(client, server, tokenizer, reference):
-    """A grammar, echoed log probabilities and a plain request in one batch."""
+    """A grammar behind a prompt of several chunks, echoed log probabilities and a plain request in one batch."""
     prompt = tokenizer.encode(VERSE)
     choice = {"structured_outputs": {"choice": ["the LORD", "the king"]}}
     settings = dict(model=server.model, prompt=VERSE, temperature=0, max_tokens=12)
     with ThreadPoolExecutor(3) as pool:
-        chosen = pool.submit(client.completions.create, **settings, extra_body=choice)
+        chosen = pool.submit(client.completions.create, **settings | {"prompt": prompt * 90}, extra_body=choice)
         echoed = pool.submit(complete, client, server, prompt * 30, 12, logprobs=1, echo=True)
         plain = pool.submit(complete, client, server, prompt, 12)
     assert chosen.result().choices[0].text in ("the LORD", "the king")

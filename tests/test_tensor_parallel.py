@@ -1,12 +1,15 @@
-"""Two ranks on one machine: sharded heads in the self-decoder, one replicated KV head in the cross-decoder."""
+"""Two ranks on one machine: sharded query heads, KV heads sharded where there are two and replicated where one."""
 
 import engine_process
+import pytest
 import tiny
 from oracle import Oracle
 
 
-def test_two_ranks_are_exact(tmp_path):
-    model = tiny.model(tiny.config(cross_num_attention_heads=4, cross_num_key_value_heads=1, qk_norm="all"))
+@pytest.mark.parametrize("kv_heads, cross_kv_heads", [(2, 1), (1, 2)], ids=["one-global-head", "one-window-head"])
+def test_two_ranks_are_exact(kv_heads, cross_kv_heads, tmp_path):
+    heads = dict(num_key_value_heads=kv_heads, cross_num_attention_heads=4, cross_num_key_value_heads=cross_kv_heads)
+    model = tiny.model(tiny.config(qk_norm="all", **heads))
     model.save_pretrained(tmp_path)
     prompts = [tiny.prompt(length) for length in (1, 15, 16, 17, 130, 333)]
     # Every other request lets its prompt rows skip, on both ranks alike.

@@ -25,7 +25,7 @@ class CachedAttention(Attention):
         selected = get_attn_backend(
             head_size, torch.get_default_dtype(), cache_config.cache_dtype, has_sliding_window=window is not None
         )
-        base = served_backend(selected, vllm_config.attention_config.backend is not None)
+        base = served_backend(selected, vllm_config.attention_config.backend is not None, cache_config.cache_dtype)
         super().__init__(
             num_heads,
             head_size,

@@ -1,8 +1,8 @@
 """vLLM's attention kernels over block-outermost KV memory, and with fewer queries than keys where rows skip.
 
-Each of these backends is one of vLLM's own with two answers changed: the KV layouts it asks for, in which the packed
-caches of a block lie side by side, and, for the global cache, the metadata builder, which leaves out the rows that the
-row selection leaves out.
+Each of these backends is one of vLLM's own under a name of its own. Two answers change what is computed: the KV layouts
+it asks for, in which the packed caches of a block lie side by side, and, for the global cache, the metadata builder,
+which leaves out the rows that the row selection leaves out.
 """
 
 from functools import cache
@@ -17,13 +17,12 @@ from vllm.v1.attention.backend import (
     AttentionCGSupport,
     CommonAttentionMetadata,
     MultipleOf,
-    max_decode_query_len,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_yocou.row_metrics import RowCounters
-from vllm_yocou.row_selection import RequestTable, SelectedRows, select_rows, why_all_rows
+from vllm_yocou.row_selection import RowSelector, SelectedRows
 
 # vLLM's backends that this plugin builds on, and the KV layouts in which it runs them. The CPU's kernel reads
 # head-major pages and takes the stride between blocks from the tensor; CUDA's take any layout.
@@ -34,20 +33,29 @@ LAYOUTS = {
 }
 
 
-def served_backend(selected: type[AttentionBackend], chosen_by_user: bool) -> type[AttentionBackend]:
+def served_backend(
+    selected: type[AttentionBackend], chosen_by_user: bool, cache_dtype: str = "auto"
+) -> type[AttentionBackend]:
     """The backend of vLLM's to build on: its own selection, or Triton's where that selection cannot be built on.
 
     Raises:
-        ValueError: if the user chose one that cannot.
+        ValueError: if the user chose one that cannot, or if its kernels do not read caches of this dtype.
     """
-    if selected.get_name() in LAYOUTS:
-        return selected
-    if chosen_by_user:
+    base = selected
+    if selected.get_name() not in LAYOUTS:
+        if chosen_by_user:
+            raise ValueError(
+                f"the attention backend {selected.get_name()} cannot be used with YOCO-U: the plugin packs KV caches "
+                f"for {', '.join(LAYOUTS)} only, choose one of these."
+            )
+        base = AttentionBackendEnum.TRITON_ATTN.get_class()
+    # vLLM's CPU platform does not ask: its kernels would read such a cache as something else.
+    if not base.supports_kv_cache_dtype(cache_dtype):
         raise ValueError(
-            f"the attention backend {selected.get_name()} cannot be used with YOCO-U: the plugin packs KV caches for "
-            f"{', '.join(LAYOUTS)} only, choose one of these."
+            f"--kv-cache-dtype {cache_dtype} cannot be used with the attention backend {base.get_name()}: its kernels "
+            f"read {', '.join(base.supported_kv_cache_dtypes)}, choose one of these."
         )
-    return AttentionBackendEnum.TRITON_ATTN.get_class()
+    return base
 
 
 @cache
@@ -99,9 +107,8 @@ class RowSelecting:
     def __init__(self, kv_cache_spec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         (name,) = layer_names
-        self.requests: RequestTable = vllm_config.compilation_config.static_forward_context[name].requests
-        self.may_skip = why_all_rows(vllm_config) is None
-        self.longest_decode = max_decode_query_len(vllm_config)
+        cache = vllm_config.compilation_config.static_forward_context[name]
+        self.selector = RowSelector(vllm_config, cache.requests)
         self.counters = RowCounters(vllm_config) if get_tensor_model_parallel_rank() == 0 else None
         self.capturing = False
 
@@ -112,7 +119,7 @@ class RowSelecting:
         return min(supported, AttentionCGSupport.UNIFORM_BATCH, key=lambda support: support.value)
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False):
-        selected = self.select(common_attn_metadata)
+        selected = self.selector.select(common_attn_metadata)
         if selected is not None and len(selected.rows_M):
             reduced = reduce_metadata(common_attn_metadata, selected)
         else:
@@ -132,24 +139,6 @@ class RowSelecting:
             return super().build_for_cudagraph_capture(common_attn_metadata)
         finally:
             self.capturing = False
-
-    def select(self, batch: CommonAttentionMetadata) -> SelectedRows | None:
-        """The rows to run, or None for all of them."""
-        nothing_to_skip = batch.max_query_len <= self.longest_decode
-        if nothing_to_skip or not (self.may_skip and self.requests.filled):
-            return None
-        # V2's batches name each request's index in its table, V1's batches are that table.
-        index = np.arange(len(batch.is_prefilling)) if batch.req_idx is None else batch.req_idx
-        real = len(index)  # requests behind them are padding
-        selected = select_rows(
-            batch.query_start_loc_cpu[: real + 1].numpy(),
-            # Exact for requests in prefill, and only theirs are compared.
-            batch.seq_lens_cpu_upper_bound[:real].numpy(),
-            batch.is_prefilling[:real].numpy(),
-            self.requests.wants_prompt[index],
-            self.requests.prefill_length[index],
-        )
-        return None if len(selected.rows_M) == batch.query_start_loc_cpu[-1] else selected
 
 
 def reduce_metadata(batch: CommonAttentionMetadata, selected: SelectedRows) -> CommonAttentionMetadata:

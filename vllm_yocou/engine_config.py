@@ -1,4 +1,4 @@
-"""Every engine setting under which YOCO-U would compute something wrong ends here, in one sentence, before a start.
+"""Engine settings under which YOCO-U would compute something wrong end here, in one sentence, before a start.
 
 vLLM runs this hook for YOCO-U models only, in the process that parses the command line.
 """
@@ -44,6 +44,7 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         from vllm.config import CompilationMode
+        from vllm.platforms import current_platform
 
         from vllm_yocou import row_metrics, v1_runner
 
@@ -64,13 +65,17 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
                 "--kv-sharing-fast-prefill cannot be used with YOCO-U: its cross-decoder has no KV-sharing layers in "
                 "vLLM's sense, leave the flag out."
             )
-        Options.of(vllm_config.additional_config)
         _choose_chunk(vllm_config)
         row_metrics.expose(vllm_config)
         model_config = vllm_config.model_config
         if model_config.runner_type == "generate" and speculative is None and not vllm_config.use_v2_model_runner:
             # vLLM refuses such classes everywhere else. With one, its V1 runner keeps output tokens for every request.
             model_config.logits_processors = [*(model_config.logits_processors or ()), v1_runner.NAME]
+        if speculative is not None and not vllm_config.use_v2_model_runner and current_platform.is_cpu():
+            logger.warning(
+                "A request with a seed and temperature above 0 ends vLLM's CPU engine if its prompt takes several "
+                "chunks, and is not refused under speculative decoding: leave the seed out."
+            )
         if vllm_config.compilation_config.mode is None:
             # The model is not compiled as a whole; compiling single operations costs start-up and a C++ compiler.
             vllm_config.compilation_config.mode = CompilationMode.NONE
@@ -97,17 +102,18 @@ def _choose_chunk(vllm_config: "VllmConfig") -> None:
     """Lower vLLM's default of `max_num_batched_tokens`; a user's own value stays, unless it is that default.
 
     vLLM has filled in its default by now and does not say so: a value counts as one if it is what vLLM would have
-    chosen. That is announced, and any other value is a way to insist.
+    chosen. That is announced, together with the option that keeps it.
     """
     scheduler = vllm_config.scheduler_config
     chosen = scheduler.max_num_batched_tokens
     lowered = max(CHUNK, scheduler.max_num_seqs)
-    if not scheduler.enable_chunked_prefill or chosen <= lowered or chosen not in _default_chunks(vllm_config):
+    keep = not Options.of(vllm_config.additional_config).lower_chunk
+    if keep or not scheduler.enable_chunked_prefill or chosen <= lowered or chosen not in _default_chunks(vllm_config):
         return
     scheduler.max_num_batched_tokens = lowered
     logger.info(
         "max_num_batched_tokens is %d for YOCO-U instead of vLLM's default %d: its window caches hold every token in "
-        "flight. Any other value that you give is kept.",
+        "flight. Other values are kept; so is this one with vllm-yocou's option lower_chunk (README) set to false.",
         lowered,
         chosen,
     )

@@ -99,6 +99,12 @@ class Packing:
     def cost(self, vllm_config: "VllmConfig", window: int) -> str:
         """What one request takes, in decode and while its prompt is computed in chunks, in a sentence."""
         tokens, chunk = vllm_config.model_config.max_model_len, vllm_config.scheduler_config.max_num_batched_tokens
+        if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+            token_bytes = self.window_caches * self.window_bytes + self.global_bytes
+            return (
+                f"vLLM's hybrid KV cache manager is off, so all {self.window_caches + 1} caches of YOCO-U keep every "
+                f"token: a request of {tokens} tokens holds {tokens * token_bytes / 2**20:.1f} MiB a rank."
+            )
         decode, prefill = (
             self.blocks(tokens, window, in_flight) * self.block_bytes / 2**20
             for in_flight in (1, vllm_config.max_in_flight_tokens)

@@ -12,10 +12,12 @@ class Options:
     Attributes:
         max_global_block: tokens of the longest global block that packing may choose. Longer blocks make fewer KV cache
             groups, and prefix-cache hits that are multiples of a larger number.
+        lower_chunk: whether vLLM's default of max_num_batched_tokens is replaced by a smaller one.
         skip_rows: whether prompt rows without wanted logits skip the cross-decoder; False runs every row, to compare.
     """
 
     max_global_block: int = 512
+    lower_chunk: bool = True
     skip_rows: bool = True
 
     @classmethod

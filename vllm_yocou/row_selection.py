@@ -16,6 +16,7 @@ from vllm_yocou.options import Options
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
 
 
 class RequestTable:
@@ -85,6 +86,35 @@ def select_rows(
     # The m-th selected row of a request that keeps k of its rows lies m - k before the request's end.
     rows_M = np.repeat(query_start_loc[1:] - starts[1:], selected) + np.arange(starts[-1])
     return SelectedRows(rows_M.astype(np.int64), starts.astype(np.int32))
+
+
+class RowSelector:
+    """Applies the selection to the batches of one engine."""
+
+    def __init__(self, vllm_config: "VllmConfig", requests: RequestTable):
+        from vllm.v1.attention.backend import max_decode_query_len
+
+        self.requests = requests
+        self.may_skip = why_all_rows(vllm_config) is None
+        self.longest_decode = max_decode_query_len(vllm_config)
+
+    def select(self, batch: "CommonAttentionMetadata") -> SelectedRows | None:
+        """The rows of this step's batch to run, or None for all of them."""
+        # Decodes alone: nothing to skip, and what CUDA graphs replay has to stay what they captured.
+        if batch.max_query_len <= self.longest_decode or not (self.may_skip and self.requests.filled):
+            return None
+        # V2's batches name each request's index in its table, V1's batches are that table.
+        index = np.arange(len(batch.is_prefilling)) if batch.req_idx is None else batch.req_idx
+        real = len(index)  # requests behind them are padding
+        selected = select_rows(
+            batch.query_start_loc_cpu[: real + 1].numpy(),
+            # Exact for requests in prefill, and only theirs are compared.
+            batch.seq_lens_cpu_upper_bound[:real].numpy(),
+            batch.is_prefilling[:real].numpy(),
+            self.requests.wants_prompt[index],
+            self.requests.prefill_length[index],
+        )
+        return None if len(selected.rows_M) == batch.query_start_loc_cpu[-1] else selected
 
 
 def why_all_rows(vllm_config: "VllmConfig") -> str | None:
