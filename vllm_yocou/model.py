@@ -6,13 +6,13 @@ an ordinary model of S + C layers. Only the attention layers, which hold no weig
 Shapes: N tokens of this step (all requests, one row a token), D hidden_size.
 """
 
+import logging
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.logger import init_logger
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -32,7 +32,7 @@ from vllm_yocou.options import Options
 from vllm_yocou.rope import inverse_frequencies
 from vllm_yocou.row_selection import why_all_rows
 
-logger = init_logger("vllm.plugins.yocou")
+logger = logging.getLogger("vllm.plugins.yocou")
 
 
 class Yoco2024RotaryEmbedding(RotaryEmbedding):
@@ -275,10 +275,11 @@ class YocoUModel(nn.Module):
         )
         for cache in (*windows, global_cache):
             cache.packing = packing
-        logger.info_once("%s Attention backend %s.", packing, global_cache.attn_backend.get_name(), scope="global")
-        logger.info_once("%s", packing.cost(vllm_config, windows[0].sliding_window), scope="global")
-        if reason := why_all_rows(vllm_config):
-            logger.info_once("The cross-decoder runs on every prompt row: %s.", reason, scope="global")
+        if get_tensor_model_parallel_rank() == 0:
+            logger.info("%s Attention backend %s.", packing, global_cache.attn_backend.get_name())
+            logger.info("%s", packing.cost(vllm_config, windows[0].sliding_window))
+            if reason := why_all_rows(vllm_config):
+                logger.info("The cross-decoder runs on every prompt row: %s.", reason)
 
     def embed_input_ids(self, input_ids_N: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(input_ids_N) * self.embedding_multiplier
