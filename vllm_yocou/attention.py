@@ -7,7 +7,8 @@ import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
-from vllm.utils.torch_utils import _encode_layer_name
+from vllm.model_executor.layers.attention.attention import unified_attention_with_output, unified_kv_cache_update
+from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.selector import get_attn_backend
 from vllm.v1.kv_cache_interface import KVCacheSpec, get_kv_quant_mode
@@ -61,7 +62,12 @@ class CachedAttention(Attention):
 
 
 class WindowAttention(CachedAttention):
-    """Writes and reads the window cache of one (iteration, layer): `forward(q_NHd, k_NKd, v_NKd)`."""
+    """Owns the window cache of one (iteration, layer); `attend_windows` writes and reads it.
+
+    The one of the first iteration lists the names of its layer's caches, by iteration, in `iterations`.
+    """
+
+    iterations: list[str]
 
     def spec(self, block_size: int) -> WindowCacheSpec:
         return WindowCacheSpec(block_size=block_size, sliding_window=self.sliding_window, **self.spec_arguments())
@@ -118,3 +124,38 @@ class GlobalAttention(CachedAttention):
             kv_cache_dummy_dep=written,
         )
         return output_MX
+
+
+def attend_windows(
+    q_NHd: torch.Tensor,
+    k_NKd: torch.Tensor,
+    v_NKd: torch.Tensor,
+    out_NHd: torch.Tensor,
+    iteration: torch.Tensor,
+    layer_name: LayerNameType,
+) -> None:
+    """Write this step's keys and values into the window cache of (iteration, layer) and attend over it, into `out_NHd`.
+
+    One pass through the self-decoder is compiled once and called T times, so which cache it means must be data: a
+    Python integer would be the first iteration's for ever, since vLLM drops the guards that would notice. `iteration`
+    is a scalar on the CPU, read here, outside every graph; `layer_name` is the first iteration's.
+    """
+    layers = get_forward_context().no_compile_layers
+    name = layers[_resolve_layer_name(layer_name)].iterations[int(iteration)]
+    if layers[name].query_quant is not None:
+        quantized_NX, _ = layers[name].query_quant(q_NHd.flatten(1), layers[name]._q_scale)
+        q_NHd = quantized_NX.view(q_NHd.shape)
+    written = unified_kv_cache_update(k_NKd, v_NKd, name)
+    unified_attention_with_output(q_NHd, k_NKd, v_NKd, out_NHd, name, kv_cache_dummy_dep=written)
+
+
+def attend_windows_fake(q_NHd, k_NKd, v_NKd, out_NHd, iteration, layer_name) -> None:
+    return None
+
+
+direct_register_custom_op(
+    op_name="yocou_attend_windows",
+    op_func=attend_windows,
+    mutates_args=["out_NHd"],
+    fake_impl=attend_windows_fake,
+)

@@ -77,7 +77,7 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
                 "chunks, and is not refused under speculative decoding: leave the seed out."
             )
         if vllm_config.compilation_config.mode is None:
-            # The model is not compiled as a whole; compiling single operations costs start-up and a C++ compiler.
+            # Not the default yet: the first start compiles for half a minute and needs a C++ compiler.
             vllm_config.compilation_config.mode = CompilationMode.NONE
 
 

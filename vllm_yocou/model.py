@@ -7,10 +7,13 @@ Shapes: N tokens of this step (all requests, one row a token), D hidden_size.
 """
 
 import logging
+import os
 from collections.abc import Iterable
 
 import torch
 from torch import nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -21,7 +24,9 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
+from vllm.utils.torch_utils import _encode_layer_name
 
 from vllm_yocou.attention import GlobalAttention, WindowAttention
 from vllm_yocou.backend import smallest_block
@@ -31,6 +36,8 @@ from vllm_yocou.kv_cache import Packing
 from vllm_yocou.options import Options
 from vllm_yocou.rope import inverse_frequencies
 from vllm_yocou.row_selection import why_all_rows
+
+AHEAD_OF_TIME = "VLLM_USE_AOT_COMPILE"  # vLLM's setting
 
 logger = logging.getLogger("vllm.plugins.yocou")
 
@@ -104,12 +111,24 @@ class LoopedWindowAttention(nn.Module):
             )
             for iteration in range(config.num_iterations)
         )
+        self.windows[0].iterations = [window.layer_name for window in self.windows]
+        self.layer_name = _encode_layer_name(self.windows[0].layer_name)
+        self.query_shape, self.key_shape = (-1, heads, d), (-1, kv_heads, d)
 
-    def forward(self, positions_N: torch.Tensor, h_ND: torch.Tensor, iteration: int) -> torch.Tensor:
+    def forward(self, positions_N: torch.Tensor, h_ND: torch.Tensor, iteration: torch.Tensor) -> torch.Tensor:
         qkv_NX, _ = self.qkv_proj(h_ND)
         q_NX, k_NX, v_NX = qkv_NX.split(self.sizes, dim=-1)
         q_NX, k_NX = self.rotary_emb(positions_N, self.q_norm(q_NX), self.k_norm(k_NX))
-        out_ND, _ = self.o_proj(self.windows[iteration](q_NX, k_NX, v_NX))
+        out_NX = torch.empty_like(q_NX, memory_format=torch.contiguous_format)
+        torch.ops.vllm.yocou_attend_windows(
+            q_NX.view(self.query_shape),
+            k_NX.view(self.key_shape),
+            v_NX.view(self.key_shape),
+            out_NX.view(self.query_shape),
+            iteration,
+            self.layer_name,
+        )
+        out_ND, _ = self.o_proj(out_NX)
         return out_ND
 
 
@@ -236,6 +255,49 @@ class Decoder(nn.Module):
         return x_ND
 
 
+def compiles(vllm_config: VllmConfig) -> bool:
+    """On a CPU; CUDA's piecewise graphs would replay the first iteration's addresses in all of them."""
+    return current_platform.is_cpu()
+
+
+@support_torch_compile(dynamic_arg_dims={"positions_N": 0, "x_ND": 0}, enable_if=compiles)
+class SelfDecoderPass(Decoder):
+    """One pass through the looped stack: the unit that is compiled once and called T times."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str, cache_prefix: str):
+        super().__init__(
+            SelfDecoderLayer(vllm_config, i, f"{prefix}.layers.{i}", cache_prefix)
+            for i in range(vllm_config.model_config.hf_config.num_self_decoder_layers)
+        )
+
+    def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor, iteration: torch.Tensor) -> torch.Tensor:
+        # Not the inherited one: vLLM's compiler looks at this class's own code.
+        return super().forward(positions_N, x_ND, iteration)
+
+
+class SelfDecoder(SelfDecoderPass):
+    """The pass without vLLM's ahead-of-time cache, which on a CPU cannot load what it saved.
+
+    Only the first call is made under vLLM's setting that turns it off, so no other model of the process sees it; later
+    calls go straight to what that one has compiled. Inductor's own cache makes the next start quick.
+    """
+
+    def __call__(self, *args: torch.Tensor) -> torch.Tensor:
+        if self.do_not_compile:
+            return super().__call__(*args)
+        if self.compiled:
+            return TorchCompileWithNoGuardsWrapper.__call__(self, *args)
+        before = os.environ.get(AHEAD_OF_TIME)
+        os.environ[AHEAD_OF_TIME] = "0"
+        try:
+            return super().__call__(*args)
+        finally:
+            if before is None:
+                del os.environ[AHEAD_OF_TIME]
+            else:
+                os.environ[AHEAD_OF_TIME] = before
+
+
 class YocoUModel(nn.Module):
     """Embedding, T times the self-decoder, the global KV, the cross-decoder, the final norm."""
 
@@ -251,10 +313,10 @@ class YocoUModel(nn.Module):
             prefix=f"{prefix}.embed_tokens",
         )
         cache_prefix = f"{prefix}.kv_cache"
-        self.self_decoder = Decoder(
-            SelfDecoderLayer(vllm_config, i, f"{prefix}.self_decoder.layers.{i}", cache_prefix)
-            for i in range(config.num_self_decoder_layers)
+        self.self_decoder = SelfDecoder(
+            vllm_config=vllm_config, prefix=f"{prefix}.self_decoder", cache_prefix=cache_prefix
         )
+        self.iterations = [torch.tensor(t, device="cpu") for t in range(config.num_iterations)]
         self.global_kv = GlobalKV(vllm_config, f"{prefix}.global_kv", cache_prefix)
         self.cross_decoder = Decoder(
             CrossDecoderLayer(vllm_config, self.global_kv.cache, f"{prefix}.cross_decoder.layers.{j}")
@@ -289,7 +351,7 @@ class YocoUModel(nn.Module):
     ) -> torch.Tensor:
         if x_ND is None:
             x_ND = self.embed_input_ids(input_ids_N)
-        for iteration in range(self.num_iterations):
+        for iteration in self.iterations:
             x_ND = self.self_decoder(positions_N, x_ND, iteration)
         written = self.global_kv(positions_N, x_ND)
         rows_M = self.global_kv.cache.selected_rows()
