@@ -1,6 +1,6 @@
 """What `max_num_batched_tokens` costs: KV cache that one request holds while its prompt is computed, and time."""
 
-from benchmarks.engine import config, core, print_table, start  # isort: skip
+from benchmarks.engine import block_bytes, config, core, print_table, start  # isort: skip
 import statistics
 import time
 
@@ -19,8 +19,7 @@ class Prompt:
         self.llm = start(config(SHAPE), kv_cache_memory_bytes=2 << 30, **settings)
         self.scheduler = core(self.llm).scheduler
         assert self.scheduler.max_num_scheduled_tokens > max(CHUNKS)
-        kv_config = self.scheduler.kv_cache_config
-        self.block_bytes = kv_config.kv_cache_tensors[0].size // kv_config.num_blocks
+        self.block_bytes = block_bytes(self.llm)
 
     def measure(self, chunk: int) -> tuple[float, float]:
         """Seconds of the prompt, and MiB that it held at most."""

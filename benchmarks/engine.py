@@ -92,6 +92,12 @@ def core(llm: LLM):
     return llm.llm_engine.engine_core.engine_core
 
 
+def block_bytes(llm: LLM) -> int:
+    """Bytes of a block of the KV cache pool, as vLLM allocated it."""
+    kv_config = core(llm).scheduler.kv_cache_config
+    return kv_config.kv_cache_tensors[0].size // kv_config.num_blocks
+
+
 def runner(llm: LLM):
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
 

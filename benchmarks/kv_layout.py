@@ -1,6 +1,6 @@
 """KV cache groups and bytes: one group a layer and iteration, packed, and the formula, read from vLLM's block pool."""
 
-from benchmarks.engine import LAYOUTS, config, core, print_table, start, stop  # isort: skip
+from benchmarks.engine import LAYOUTS, block_bytes, config, core, print_table, start, stop  # isort: skip
 from vllm import SamplingParams
 from vllm.v1.request import Request
 
@@ -43,10 +43,11 @@ def main() -> None:
             settings = dict(dtype="bfloat16", max_model_len=LENGTHS[-1], max_num_batched_tokens=CHUNK)
             llm = start(cfg, kv_cache_memory_bytes=1 << 30, additional_config={"yocou": options}, **settings)
             kv_config = core(llm).scheduler.kv_cache_config
-            block_bytes = kv_config.kv_cache_tensors[0].size // kv_config.num_blocks
-            sizes = [held_in_decode(llm, tokens) * block_bytes for tokens in LENGTHS]
+            sizes = [held_in_decode(llm, tokens) * block_bytes(llm) for tokens in LENGTHS]
             block = max(group.kv_cache_spec.block_size for group in kv_config.kv_cache_groups)
-            rows.append(row(shape, layout, len(kv_config.kv_cache_groups), f"{block_bytes >> 10} KiB, {block}", sizes))
+            rows.append(
+                row(shape, layout, len(kv_config.kv_cache_groups), f"{block_bytes(llm) >> 10} KiB, {block}", sizes)
+            )
             stop(llm)
         rows.append(row(shape, "formula", "", "", [formula(cfg, tokens) for tokens in LENGTHS]))
     header = ["shape", "layout", "KV groups", "block: bytes, global tokens"]

@@ -48,6 +48,10 @@ class CachedAttention(Attention):
         """Bytes of one token in this cache, on this rank."""
         return self.attn_backend.customize_spec(self.spec(block_size=1)).page_size_bytes
 
+    def quantized(self, q_NX: torch.Tensor) -> torch.Tensor:
+        """Queries (N, heads · d) in the dtype of the cache, where the backend's kernels want them so."""
+        return q_NX if self.query_quant is None else self.query_quant(q_NX, self._q_scale)[0]
+
     def spec(self, block_size: int) -> KVCacheSpec:
         raise NotImplementedError
 
@@ -113,10 +117,8 @@ class GlobalAttention(CachedAttention):
     def attend(self, q_MX: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
         """Causal attention of the queries of the selected rows (M, Hc · dc) over the cache, (M, Hc · dc)."""
         output_MX = torch.empty_like(q_MX)
-        if self.query_quant is not None:
-            q_MX, _ = self.query_quant(q_MX, self._q_scale)
         torch.ops.vllm.unified_attention_with_output(
-            q_MX.view(-1, self.num_heads, self.head_size),
+            self.quantized(q_MX).view(-1, self.num_heads, self.head_size),
             None,
             None,
             output_MX.view(-1, self.num_heads, self.head_size_v),
@@ -142,9 +144,7 @@ def attend_windows(
     """
     layers = get_forward_context().no_compile_layers
     name = layers[_resolve_layer_name(layer_name)].iterations[int(iteration)]
-    if layers[name].query_quant is not None:
-        quantized_NX, _ = layers[name].query_quant(q_NHd.flatten(1), layers[name]._q_scale)
-        q_NHd = quantized_NX.view(q_NHd.shape)
+    q_NHd = layers[name].quantized(q_NHd.flatten(1)).view(q_NHd.shape)
     written = unified_kv_cache_update(k_NKd, v_NKd, name)
     unified_attention_with_output(q_NHd, k_NKd, v_NKd, out_NHd, name, kv_cache_dummy_dep=written)
 

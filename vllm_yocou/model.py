@@ -216,7 +216,7 @@ class DecoderLayer(nn.Module):
             prefix=f"{prefix}.mlp",
         )
 
-    def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor, source: int | torch.Tensor) -> torch.Tensor:
+    def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         """`source` is what the attention reads: the iteration in the self-decoder, the written token in the other."""
         x_ND = x_ND + self.attention(positions_N, self.input_layernorm(x_ND), source)
         return x_ND + self.mlp(self.post_attention_layernorm(x_ND))
@@ -249,7 +249,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor, source: int | torch.Tensor) -> torch.Tensor:
+    def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
             x_ND = layer(positions_N, x_ND, source)
         return x_ND
@@ -304,7 +304,6 @@ class YocoUModel(nn.Module):
     def __init__(self, vllm_config: VllmConfig, prefix: str):
         super().__init__()
         config: YocoUConfig = vllm_config.model_config.hf_config
-        self.num_iterations = config.num_iterations
         self.embedding_multiplier = config.embedding_multiplier
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size,
