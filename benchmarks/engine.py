@@ -4,6 +4,7 @@ import gc
 import os
 import platform
 import tempfile
+from contextlib import contextmanager
 
 # Before torch and vLLM are imported.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -13,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 import torch  # noqa: E402
 import vllm  # noqa: E402
-from vllm import LLM  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 
 from vllm_yocou.config import YocoUConfig  # noqa: E402
@@ -90,6 +91,22 @@ def stop(llm: LLM) -> None:
 
 def core(llm: LLM):
     return llm.llm_engine.engine_core.engine_core
+
+
+@contextmanager
+def decoding(llm: LLM, batch: int):
+    """`batch` requests of 600 tokens each, all of them in decode."""
+    parameters = SamplingParams(temperature=0, max_tokens=3000, ignore_eos=True, detokenize=False)
+    for i in range(batch):
+        llm.llm_engine.add_request(str(i), {"prompt_token_ids": [1] * 600}, parameters)
+    for _ in range(batch + 5):
+        llm.llm_engine.step()
+    running = core(llm).scheduler.running
+    assert len(running) == batch and all(request.num_output_tokens for request in running)
+    yield
+    llm.llm_engine.abort_request([request.request_id for request in core(llm).scheduler.running], internal=True)
+    llm.llm_engine.step()
+    assert not core(llm).scheduler.running
 
 
 def block_bytes(llm: LLM) -> int:

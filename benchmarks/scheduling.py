@@ -4,11 +4,10 @@ import os
 
 # One thread: what is timed is Python, and tensors of a few hundred numbers.
 os.environ["OMP_NUM_THREADS"] = "1"
-from benchmarks.engine import LAYOUTS, config, core, print_table, runner, start  # isort: skip  # noqa: E402
+from benchmarks.engine import LAYOUTS, config, core, decoding, print_table, runner, start  # isort: skip  # noqa: E402
 import statistics
 import time
-
-from vllm import SamplingParams
+from contextlib import ExitStack
 
 BATCHES = (1, 8, 16, 64)
 STEPS, ROUNDS = 30, 5
@@ -39,23 +38,6 @@ class Engine:
 
         return call
 
-    def fill(self, batch: int) -> None:
-        """`batch` requests of 600 tokens each, all of them in decode."""
-        parameters = SamplingParams(temperature=0, max_tokens=3000, ignore_eos=True, detokenize=False)
-        for i in range(batch):
-            self.llm.llm_engine.add_request(str(i), {"prompt_token_ids": [1] * 600}, parameters)
-        for _ in range(batch + 5):
-            self.llm.llm_engine.step()
-        running = self.core.scheduler.running
-        assert len(running) == batch and all(request.num_output_tokens for request in running)
-
-    def empty(self, batch: int) -> None:
-        self.llm.llm_engine.abort_request(
-            [request.request_id for request in self.core.scheduler.running], internal=True
-        )
-        self.llm.llm_engine.step()
-        assert not self.core.scheduler.running
-
     def measure(self) -> tuple[float, float]:
         """Milliseconds a step: scheduling, and input preparation in the runner."""
         self.inside = self.scheduling = self.preparing = 0.0
@@ -69,13 +51,12 @@ def main() -> None:
     rows = []
     for batch in BATCHES:
         times = {name: [] for name in engines}
-        for engine in engines.values():
-            engine.fill(batch)
-        for _ in range(ROUNDS):
-            for name, engine in engines.items():
-                times[name].append(engine.measure())
-        for engine in engines.values():
-            engine.empty(batch)
+        with ExitStack() as stack:
+            for engine in engines.values():
+                stack.enter_context(decoding(engine.llm, batch))
+            for _ in range(ROUNDS):
+                for name, engine in engines.items():
+                    times[name].append(engine.measure())
         medians = {name: [statistics.median(part) for part in zip(*times[name], strict=True)] for name in engines}
         totals = {name: sum(parts) for name, parts in medians.items()}
         cells = [f"{totals[name]:.2f} ms ({s:.2f} + {p:.2f})" for name, (s, p) in medians.items()]

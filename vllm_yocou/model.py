@@ -7,13 +7,11 @@ Shapes: N tokens of this step (all requests, one row a token), D hidden_size.
 """
 
 import logging
-import os
 from collections.abc import Iterable
 
 import torch
 from torch import nn
-from vllm.compilation.decorators import support_torch_compile
-from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -24,20 +22,18 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
-from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import _encode_layer_name
 
 from vllm_yocou.attention import GlobalAttention, WindowAttention
 from vllm_yocou.backend import smallest_block
 from vllm_yocou.checkpoint import verified
+from vllm_yocou.compilation import compiled_unit
 from vllm_yocou.config import YocoUConfig
 from vllm_yocou.kv_cache import Packing
 from vllm_yocou.options import Options
 from vllm_yocou.rope import inverse_frequencies
 from vllm_yocou.row_selection import why_all_rows
-
-AHEAD_OF_TIME = "VLLM_USE_AOT_COMPILE"  # vLLM's setting
 
 logger = logging.getLogger("vllm.plugins.yocou")
 
@@ -255,13 +251,8 @@ class Decoder(nn.Module):
         return x_ND
 
 
-def compiles(vllm_config: VllmConfig) -> bool:
-    """On a CPU; CUDA's piecewise graphs would replay the first iteration's addresses in all of them."""
-    return current_platform.is_cpu()
-
-
-@support_torch_compile(dynamic_arg_dims={"positions_N": 0, "x_ND": 0}, enable_if=compiles)
-class SelfDecoderPass(Decoder):
+@compiled_unit(positions_N=0, x_ND=0)
+class SelfDecoder(Decoder):
     """One pass through the looped stack: the unit that is compiled once and called T times."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str, cache_prefix: str):
@@ -275,27 +266,18 @@ class SelfDecoderPass(Decoder):
         return super().forward(positions_N, x_ND, iteration)
 
 
-class SelfDecoder(SelfDecoderPass):
-    """The pass without vLLM's ahead-of-time cache, which on a CPU cannot load what it saved.
+@compiled_unit(positions_M=0, x_MD=0)
+class CrossDecoder(Decoder):
+    """The stack that reads the global KV cache, on the M rows whose logits someone wants."""
 
-    Only the first call is made under vLLM's setting that turns it off, so no other model of the process sees it; later
-    calls go straight to what that one has compiled. Inductor's own cache makes the next start quick.
-    """
+    def __init__(self, *, vllm_config: VllmConfig, cache: GlobalAttention, prefix: str):
+        super().__init__(
+            CrossDecoderLayer(vllm_config, cache, f"{prefix}.layers.{j}")
+            for j in range(vllm_config.model_config.hf_config.num_cross_decoder_layers)
+        )
 
-    def __call__(self, *args: torch.Tensor) -> torch.Tensor:
-        if self.do_not_compile:
-            return super().__call__(*args)
-        if self.compiled:
-            return TorchCompileWithNoGuardsWrapper.__call__(self, *args)
-        before = os.environ.get(AHEAD_OF_TIME)
-        os.environ[AHEAD_OF_TIME] = "0"
-        try:
-            return super().__call__(*args)
-        finally:
-            if before is None:
-                del os.environ[AHEAD_OF_TIME]
-            else:
-                os.environ[AHEAD_OF_TIME] = before
+    def forward(self, positions_M: torch.Tensor, x_MD: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+        return super().forward(positions_M, x_MD, written)
 
 
 class YocoUModel(nn.Module):
@@ -317,10 +299,10 @@ class YocoUModel(nn.Module):
         )
         self.iterations = [torch.tensor(t, device="cpu") for t in range(config.num_iterations)]
         self.global_kv = GlobalKV(vllm_config, f"{prefix}.global_kv", cache_prefix)
-        self.cross_decoder = Decoder(
-            CrossDecoderLayer(vllm_config, self.global_kv.cache, f"{prefix}.cross_decoder.layers.{j}")
-            for j in range(config.num_cross_decoder_layers)
-        )
+        with set_model_tag("cross_decoder"):  # vLLM keeps one folder of compiled code a tag
+            self.cross_decoder = CrossDecoder(
+                vllm_config=vllm_config, cache=self.global_kv.cache, prefix=f"{prefix}.cross_decoder"
+            )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self._pack_caches(vllm_config)
 
