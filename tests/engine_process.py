@@ -3,9 +3,10 @@
     python engine_process.py CHECKPOINT RUNNER < job.json
 
 The job is {"settings": {...}, "batches": [[{"prompt": [...], "sampling": {...}}]]}, with settings of vLLM's `LLM`.
-`RUNNER` is v1, v2 or v2-triton. vLLM's V2 runner is CUDA's default and wants Triton, of which the CPU build has no
-backend; here its kernels run in Triton's interpreter, on the CPU and with the same results. With v2-triton attention
-itself, too, is CUDA's Triton backend: slow, so for a few tokens only.
+`RUNNER` is v1, v1-graphs, v2 or v2-triton. With v1-graphs the model is compiled in pieces that replay the addresses of
+their first call, as CUDA graphs do (graph_replay.py). vLLM's V2 runner is CUDA's default and wants Triton, of which the
+CPU build has no backend; here its kernels run in Triton's interpreter, on the CPU and with the same results. With
+v2-triton attention itself, too, is CUDA's Triton backend: slow, so for a few tokens only.
 """
 
 import json
@@ -14,6 +15,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
+
+import graph_replay
 
 METRICS = ("yocou_self_decoder_rows", "yocou_cross_decoder_rows", "yocou_skipped_rows", "num_preemptions")
 
@@ -116,6 +119,8 @@ def main() -> None:
         interpret_triton()
     if runner == "v2-triton":
         attend_in_triton()
+    if runner == "v1-graphs":
+        graph_replay.install()
     from vllm import LLM, SamplingParams
 
     job = json.load(sys.stdin)
@@ -127,13 +132,16 @@ def main() -> None:
         max_num_seqs=8,
         kv_cache_memory_bytes=32 << 20,
         disable_log_stats=False,
+        compilation_config={"mode": 0},
     )
     llm = LLM(checkpoint, **defaults | job["settings"])
     assert llm.llm_engine.vllm_config.use_v2_model_runner == runner.startswith("v2")
 
     def metrics() -> dict[str, int]:
         found = llm.get_metrics()
-        return {name: sum(entry.value for entry in found if entry.name == f"vllm:{name}") for name in METRICS}
+        counted = {name: sum(entry.value for entry in found if entry.name == f"vllm:{name}") for name in METRICS}
+        graphs = graph_replay.ReplayedGraph
+        return counted | {"graph_captures": graphs.captures, "graph_replays": graphs.replays}
 
     greedy = dict(temperature=0, max_tokens=12, ignore_eos=True, logprobs=5, detokenize=False)
     result, before = [], metrics()
@@ -142,7 +150,7 @@ def main() -> None:
         parameters = [SamplingParams(**greedy | request.get("sampling", {})) for request in batch]
         outputs = llm.generate(prompts, parameters, use_tqdm=False)
         after = metrics()
-        moved = {name: after[name] - before[name] for name in METRICS}
+        moved = {name: after[name] - before[name] for name in after}
         result.append({"outputs": [plain_output(output) for output in outputs], "metrics": moved})
         before = after
     print("RESULT", json.dumps(result))

@@ -1,21 +1,28 @@
-"""One pass through the self-decoder is compiled once, whatever T is, and computes what the reference computes."""
+"""One pass through the self-decoder and the cross-decoder are compiled once, whatever T is, and stay exact."""
 
 import os
 import shutil
 
+import engine_process
 import pytest
 import tiny
+import torch
 from oracle import Oracle
 from test_model import generate, start, stop
+from torch._dynamo.utils import counters
 from vllm.compilation.counter import compilation_counter
-from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+
+from vllm_yocou.model import CrossDecoder, SelfDecoder
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs a C++ compiler on a CPU")
+
+COMPILED = dict(kv_cache_memory_bytes=64 << 20, compilation_config={"mode": 3})
+LENGTHS = (1, 16, 17, 50, 333)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def empty_cache(tmp_path_factory):
-    """Compile in this test, and not in one before it."""
+    """Compile in these tests, and not in a run before them."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CACHE_ROOT", str(folder))
@@ -24,38 +31,128 @@ def empty_cache(tmp_path_factory):
         yield
 
 
-@pytest.mark.parametrize("iterations", [1, 2, 3])
-def test_one_unit_for_all_iterations(iterations, tmp_path, monkeypatch):
-    """Chunks, decodes, one row and many: exact, from a single compiled graph that is called T times a step."""
-    graphs, calls = {}, []
+@pytest.fixture
+def graphs(monkeypatch) -> list[torch.fx.GraphModule]:
+    """What Inductor is given, in order."""
     from torch._inductor import compile_fx
 
-    compiler = compile_fx.compile_fx
+    given, compiler = {}, compile_fx.compile_fx
 
     def compile_and_note(graph, *args, **kwargs):
-        graphs[id(graph)] = graph  # inductor calls itself with the same graph
+        given[id(graph)] = graph  # inductor calls itself with the same graph
         return compiler(graph, *args, **kwargs)
 
     monkeypatch.setattr(compile_fx, "compile_fx", compile_and_note)
-    call = TorchCompileWithNoGuardsWrapper.__call__
-    monkeypatch.setattr(TorchCompileWithNoGuardsWrapper, "__call__", lambda *args: calls.append(args) or call(*args))
+    return given.values()
 
-    model = tiny.model(tiny.config(num_iterations=iterations, qk_norm="all", num_self_decoder_layers=2))
+
+def attentions(graphs) -> list[tuple[int, int]]:
+    """Window and cross attentions of each graph that has any; vLLM compiles small functions of its own as well."""
+    targets = [[str(node.target) for node in graph.graph.nodes] for graph in graphs]
+    counts = [
+        (
+            sum("yocou_attend_windows" in target for target in names),
+            sum("unified_attention_with_output" in target for target in names),
+        )
+        for names in targets
+    ]
+    return [count for count in counts if any(count)]
+
+
+def check(llm, oracle: Oracle) -> None:
+    """Chunks of 37 tokens, decodes, one row and many; all rows in the cross-decoder, few and none."""
+    prompts = [tiny.prompt(length) for length in LENGTHS]
+    (alone,) = generate(llm, prompts[-1:], tokens=1)
+    oracle.compare(prompts[-1], alone)
+    for sampling in ({}, {"prompt_logprobs": 1}):
+        for prompt, output in zip(prompts, generate(llm, prompts, **sampling), strict=True):
+            oracle.compare(prompt, output)
+
+
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+def test_two_units_whatever_t_is(variant, graphs, tmp_path, monkeypatch):
+    model = tiny.model(tiny.config(**tiny.VARIANTS[variant]))
     model.save_pretrained(tmp_path)
     seen = compilation_counter.num_models_seen
-    llm = start(tmp_path, kv_cache_memory_bytes=64 << 20, compilation_config={"mode": 3})
-    assert compilation_counter.num_models_seen == seen + 1
-    calls.clear()
-    oracle, prompts = Oracle(model), [tiny.prompt(length) for length in (1, 16, 17, 50, 333)]
-    for prompt, output in zip(prompts, generate(llm, prompts, prompt_logprobs=1), strict=True):
-        oracle.compare(prompt, output)
-    for prompt, output in zip(prompts, generate(llm, prompts), strict=True):
-        oracle.compare(prompt, output)
+    llm = start(tmp_path, **COMPILED)
+    assert compilation_counter.num_models_seen == seen + 2
+
+    cfg, calls = model.config, {SelfDecoder: 0, CrossDecoder: 0, "steps": 0}
+
+    def counted(key, function):
+        def call(*args, **kwargs):
+            calls[key] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for unit in (SelfDecoder, CrossDecoder):
+        monkeypatch.setattr(unit, "__call__", counted(unit, unit.__call__))
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    runner.model.forward = counted("steps", runner.model.forward)
+    oracle = Oracle(model)
+    check(llm, oracle)
     oracle.check()
-    # vLLM compiles small functions of its own as well. Ours has the layers of one pass, not of T.
-    targets = [[str(node.target) for node in graph.graph.nodes] for graph in graphs.values()]
-    attentions = [sum("yocou_attend_windows" in target for target in names) for names in targets]
-    assert [count for count in attentions if count] == [model.config.num_self_decoder_layers]
-    assert calls and len(calls) % iterations == 0
-    assert os.environ.get("VLLM_USE_AOT_COMPILE") is None
+    assert attentions(graphs) == [(cfg.num_self_decoder_layers, 0), (0, cfg.num_cross_decoder_layers)]
+    assert calls[SelfDecoder] == cfg.num_iterations * calls["steps"] > 0
+    # Chunks that end no prompt send no row into the cross-decoder.
+    assert 0 < calls[CrossDecoder] < calls["steps"]
     stop(llm)
+
+
+def test_a_second_start_compiles_nothing_anew(tmp_path):
+    """Beside the first engine, still serving; with another T; vLLM's process-wide settings are as they were."""
+    from vllm import envs
+
+    before = envs.VLLM_USE_AOT_COMPILE, os.environ.get("VLLM_USE_AOT_COMPILE")
+    model = tiny.model(tiny.config(num_iterations=1, qk_norm="all", intermediate_size=176))
+    model.save_pretrained(tmp_path)
+    counters.clear()
+    first = start(tmp_path, **COMPILED)
+    assert counters["inductor"]["fxgraph_cache_miss"] > 0
+    counters.clear()
+    second = start(tmp_path, hf_overrides={"num_iterations": 3}, **COMPILED)
+    assert counters["inductor"]["fxgraph_cache_hit"] == 2
+    assert counters["inductor"]["fxgraph_cache_miss"] == 0
+
+    looped = tiny.model(tiny.config(num_iterations=3, qk_norm="all", intermediate_size=176))
+    looped.load_state_dict(model.state_dict())
+    for llm, served in ((first, model), (second, looped), (first, model)):
+        oracle = Oracle(served)
+        check(llm, oracle)
+        oracle.check()
+    stop(first)
+    stop(second)
+    assert (envs.VLLM_USE_AOT_COMPILE, os.environ.get("VLLM_USE_AOT_COMPILE")) == before
+
+
+def test_engines_of_two_shapes_in_one_process(tmp_path):
+    """vLLM drops the guards that would tell them apart."""
+    models = [tiny.model(tiny.config(hidden_size=hidden)) for hidden in (96, 64)]
+    engines = []
+    for i, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(i))
+        engines.append(start(tmp_path / str(i), **COMPILED))
+    for i in (0, 1, 0):
+        oracle = Oracle(models[i])
+        check(engines[i], oracle)
+        oracle.check()
+    for llm in engines:
+        stop(llm)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_pieces_that_replay_addresses(iterations, tmp_path):
+    """As under CUDA's piecewise graphs: what a call of a unit reads and writes lies where its first call had it."""
+    model = tiny.model(tiny.config(num_iterations=iterations, qk_norm="all"))
+    model.save_pretrained(tmp_path)
+    requests = [{"prompt": tiny.prompt(length)} for length in (1, 5, 16, 17, 50, 133)]
+    all_rows = [request | {"sampling": {"prompt_logprobs": 1}} for request in requests]
+    batches = engine_process.run(tmp_path, [requests, all_rows], "v1-graphs", compilation_config={"mode": 3})
+    oracle = Oracle(model)
+    for batch in batches:
+        for request, output in zip(requests, batch.outputs, strict=True):
+            oracle.compare(request["prompt"], output)
+        assert batch.metrics["graph_replays"] > batch.metrics["graph_captures"] >= 0
+    oracle.check()
+    assert batches[0].metrics["graph_captures"] > 0 and batches[0].metrics["yocou_skipped_rows"] > 0

@@ -2,6 +2,7 @@
 
 import pytest
 import tiny
+from torch._inductor import config as inductor
 from vllm.engine.arg_utils import EngineArgs
 from vllm.usage.usage_lib import UsageContext
 
@@ -133,3 +134,34 @@ def test_what_cannot_be_refused_under_speculation_is_said(checkpoint, lines):
 def test_unknown_options_are_refused(checkpoint):
     with pytest.raises(ValueError, match="has no option 'skip'"):
         configured(checkpoint, additional_config={"yocou": {"skip": False}})
+
+
+@pytest.fixture
+def no_compiler():
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}):
+        yield
+
+
+def test_compiled_where_vllm_would(checkpoint, monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    assert configured(checkpoint).compilation_config.mode.name == "DYNAMO_TRACE_ONCE"
+    assert configured(checkpoint, enforce_eager=True).compilation_config.mode.name == "NONE"
+
+
+def test_eager_without_a_compiler(checkpoint, no_compiler, lines, monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    assert configured(checkpoint).compilation_config.mode.name == "NONE"
+    assert any("runs eagerly" in line and "there is no C++ compiler here" in line for line in lines)
+    lines.clear()
+    assert configured(checkpoint, enforce_eager=True).compilation_config.mode.name == "NONE"
+    assert not any("eagerly" in line for line in lines)
+    with pytest.raises(
+        ValueError, match="mode 3 cannot be used: there is no C\\+\\+ compiler here, leave"
+    ):
+        configured(checkpoint, compilation_config={"mode": 3})
+
+
+def test_eager_where_dynamo_is_off(checkpoint, lines, monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    assert configured(checkpoint).compilation_config.mode.name == "NONE"
+    assert any("TORCHDYNAMO_DISABLE is set" in line for line in lines)

@@ -27,6 +27,7 @@ def start(folder, **settings) -> LLM:
         max_num_batched_tokens=CHUNK,
         max_num_seqs=8,
         disable_log_stats=False,
+        compilation_config={"mode": 0},  # test_compilation.py has compiled ones
     )
     return LLM(str(folder), **defaults | settings)
 

@@ -6,8 +6,11 @@ import tiny
 from oracle import Oracle
 
 
-@pytest.mark.parametrize("kv_heads, cross_kv_heads", [(2, 1), (1, 2)], ids=["one-global-head", "one-window-head"])
-def test_two_ranks_are_exact(kv_heads, cross_kv_heads, tmp_path):
+# None: compiled where vLLM would; a worker has read vLLM's settings for good before its first step.
+@pytest.mark.parametrize(
+    "kv_heads, cross_kv_heads, mode", [(2, 1, 0), (1, 2, None)], ids=["one-global-head", "one-window-head-compiled"]
+)
+def test_two_ranks_are_exact(kv_heads, cross_kv_heads, mode, tmp_path):
     heads = dict(num_key_value_heads=kv_heads, cross_num_attention_heads=4, cross_num_key_value_heads=cross_kv_heads)
     model = tiny.model(tiny.config(qk_norm="all", **heads))
     model.save_pretrained(tmp_path)
@@ -19,6 +22,7 @@ def test_two_ranks_are_exact(kv_heads, cross_kv_heads, tmp_path):
     (batch,) = engine_process.run(
         tmp_path,
         [requests],
+        compilation_config={"mode": mode},
         # One core for each rank; vLLM would give all cores to the first.
         environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
         tensor_parallel_size=2,

@@ -17,6 +17,8 @@ from vllm_yocou.backend import packed_backend, row_selecting_backend, served_bac
 from vllm_yocou.kv_cache import GlobalCacheSpec, Packing, WindowCacheSpec
 from vllm_yocou.row_selection import RequestTable
 
+WINDOW_ATTENTION = "vllm::yocou_attend_windows"
+
 
 class CachedAttention(Attention):
     """What the two caches share: the backend, and a spec of their own instead of vLLM's choice of block size."""
@@ -48,9 +50,11 @@ class CachedAttention(Attention):
         """Bytes of one token in this cache, on this rank."""
         return self.attn_backend.customize_spec(self.spec(block_size=1)).page_size_bytes
 
-    def quantized(self, q_NX: torch.Tensor) -> torch.Tensor:
-        """Queries (N, heads · d) in the dtype of the cache, where the backend's kernels want them so."""
-        return q_NX if self.query_quant is None else self.query_quant(q_NX, self._q_scale)[0]
+    def quantized(self, q_NHd: torch.Tensor) -> torch.Tensor:
+        """Queries (N, heads, d) in the dtype of the cache, where the backend's kernels want them so."""
+        return (
+            q_NHd if self.query_quant is None else self.query_quant(q_NHd.flatten(1), self._q_scale)[0].view_as(q_NHd)
+        )
 
     def spec(self, block_size: int) -> KVCacheSpec:
         raise NotImplementedError
@@ -118,7 +122,7 @@ class GlobalAttention(CachedAttention):
         """Causal attention of the queries of the selected rows (M, Hc · dc) over the cache, (M, Hc · dc)."""
         output_MX = torch.empty_like(q_MX)
         torch.ops.vllm.unified_attention_with_output(
-            self.quantized(q_MX).view(-1, self.num_heads, self.head_size),
+            self.quantized(q_MX.view(-1, self.num_heads, self.head_size)),
             None,
             None,
             output_MX.view(-1, self.num_heads, self.head_size_v),
@@ -144,7 +148,7 @@ def attend_windows(
     """
     layers = get_forward_context().no_compile_layers
     name = layers[_resolve_layer_name(layer_name)].iterations[int(iteration)]
-    q_NHd = layers[name].quantized(q_NHd.flatten(1)).view(q_NHd.shape)
+    q_NHd = layers[name].quantized(q_NHd)
     written = unified_kv_cache_update(k_NKd, v_NKd, name)
     unified_attention_with_output(q_NHd, k_NKd, v_NKd, out_NHd, name, kv_cache_dummy_dep=written)
 
@@ -154,7 +158,7 @@ def attend_windows_fake(q_NHd, k_NKd, v_NKd, out_NHd, iteration, layer_name) -> 
 
 
 direct_register_custom_op(
-    op_name="yocou_attend_windows",
+    op_name=WINDOW_ATTENTION.removeprefix("vllm::"),
     op_func=attend_windows,
     mutates_args=["out_NHd"],
     fake_impl=attend_windows_fake,

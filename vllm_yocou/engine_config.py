@@ -4,6 +4,7 @@ vLLM runs this hook for YOCO-U models only, in the process that parses the comma
 """
 
 import logging
+import os
 from typing import TYPE_CHECKING
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -11,7 +12,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm_yocou.options import Options
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import CompilationConfig, ModelConfig, VllmConfig
 
     from vllm_yocou.config import YocoUConfig
 
@@ -43,7 +44,6 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
-        from vllm.config import CompilationMode
         from vllm.platforms import current_platform
 
         from vllm_yocou import row_metrics, v1_runner
@@ -76,9 +76,8 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
                 "A request with a seed and temperature above 0 ends vLLM's CPU engine if its prompt takes several "
                 "chunks, and is not refused under speculative decoding: leave the seed out."
             )
-        if vllm_config.compilation_config.mode is None:
-            # Not the default yet: the first start compiles for half a minute and needs a C++ compiler.
-            vllm_config.compilation_config.mode = CompilationMode.NONE
+        if current_platform.is_cpu() and not model_config.enforce_eager:
+            _check_compiler(vllm_config.compilation_config)
 
 
 def _check_shards(config: "YocoUConfig", ranks: int) -> None:
@@ -96,6 +95,30 @@ def _check_shards(config: "YocoUConfig", ranks: int) -> None:
                 f"{key} {heads} can be neither split over nor replicated on {ranks} tensor parallel ranks: "
                 "choose a size that divides it or is a multiple of it."
             )
+
+
+def _check_compiler(compilation_config: "CompilationConfig") -> None:
+    """vLLM compiles unless told not to, for which torch needs a C++ compiler on a CPU: without one, run eagerly."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+    from vllm.config import CompilationMode
+
+    if compilation_config.mode == CompilationMode.NONE:
+        return
+    missing = "TORCHDYNAMO_DISABLE is set" if os.environ.get("TORCHDYNAMO_DISABLE") == "1" else None
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        missing = "there is no C++ compiler here"
+    if missing is None:
+        return
+    if compilation_config.mode is not None:
+        raise ValueError(
+            f"compilation mode {compilation_config.mode.value} cannot be used: {missing}, leave the mode out or give "
+            "torch a C++ compiler (install g++, unset the variable)."
+        )
+    compilation_config.mode = CompilationMode.NONE
+    logger.info("The model runs eagerly, in about 1.3 times the time of a compiled one: %s.", missing)
 
 
 def _choose_chunk(vllm_config: "VllmConfig") -> None:

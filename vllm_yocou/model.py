@@ -28,7 +28,7 @@ from vllm.utils.torch_utils import _encode_layer_name
 from vllm_yocou.attention import GlobalAttention, WindowAttention
 from vllm_yocou.backend import smallest_block
 from vllm_yocou.checkpoint import verified
-from vllm_yocou.compilation import compiled_unit
+from vllm_yocou.compilation import compiled_unit, prepare_cuda_graphs, without_piecewise_graphs
 from vllm_yocou.config import YocoUConfig
 from vllm_yocou.kv_cache import Packing
 from vllm_yocou.options import Options
@@ -286,6 +286,7 @@ class YocoUModel(nn.Module):
     def __init__(self, vllm_config: VllmConfig, prefix: str):
         super().__init__()
         config: YocoUConfig = vllm_config.model_config.hf_config
+        prepare_cuda_graphs(vllm_config.compilation_config)
         self.embedding_multiplier = config.embedding_multiplier
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size,
@@ -341,7 +342,8 @@ class YocoUModel(nn.Module):
         # The rows left out stay zero: nobody reads them (row_selection.py).
         out_ND = torch.zeros_like(x_ND)
         if len(rows_M):
-            out_ND[rows_M] = self.norm(self.cross_decoder(positions_N[rows_M], x_ND[rows_M], written))
+            with without_piecewise_graphs():
+                out_ND[rows_M] = self.norm(self.cross_decoder(positions_N[rows_M], x_ND[rows_M], written))
         return out_ND
 
 

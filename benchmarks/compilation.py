@@ -1,4 +1,4 @@
-"""A decode step: eager, with the loop compiled unrolled, and with one pass compiled once; and where its time goes."""
+"""Eager, with the loop compiled unrolled, and with one pass compiled once: decode, where its time goes, and prefill."""
 
 from benchmarks.engine import config, decoding, print_table, runner, start  # isort: skip
 import statistics
@@ -9,6 +9,7 @@ from unittest.mock import patch
 import torch
 from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile
+from vllm import SamplingParams
 
 from vllm_yocou import model
 from vllm_yocou.compilation import compiled_unit
@@ -16,6 +17,7 @@ from vllm_yocou.model import Decoder, SelfDecoderLayer
 
 BATCHES = (1, 8)
 ROUNDS, STEPS, PROFILED = 12, 10, 4
+PROMPT, PROMPTS = 2048, 5
 SHAPE = "77M"
 
 
@@ -71,15 +73,33 @@ def native_ms(llm) -> dict[str, float]:
     return spent
 
 
-def step_ms(llm) -> float:
-    start_s = time.perf_counter()
-    llm.llm_engine.step()
-    return (time.perf_counter() - start_s) * 1e3
+class Clock:
+    """Time inside the model and its head, so that the rest of a step can be told."""
+
+    def __init__(self, llm):
+        self.inside_s = 0.0
+        model = runner(llm).model
+        model.forward, model.compute_logits = self.timed(model.forward), self.timed(model.compute_logits)
+
+    def timed(self, function):
+        def call(*args, **kwargs):
+            start_s = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.inside_s += time.perf_counter() - start_s
+            return result
+
+        return call
+
+    def step_ms(self, llm) -> tuple[float, float]:
+        """Milliseconds of a step, and of them around the model."""
+        self.inside_s, start_s = 0.0, time.perf_counter()
+        llm.llm_engine.step()
+        step_s = time.perf_counter() - start_s
+        return step_s * 1e3, (step_s - self.inside_s) * 1e3
 
 
-def main() -> None:
-    inductor.cpp.enable_kernel_profile = True  # names Inductor's kernels in a profile; costs nothing without one
-    engines = {way: engine(way) for way in ("eager", "unrolled", "once")}
+def decode(engines: dict) -> None:
+    clocks = {way: Clock(llm) for way, llm in engines.items()}
     rows = []
     for batch in BATCHES:
         steps, native = ({way: [] for way in engines} for _ in range(2))
@@ -88,32 +108,53 @@ def main() -> None:
                 stack.enter_context(decoding(llm, batch))
             for _ in range(ROUNDS):
                 for way, llm in engines.items():
-                    steps[way] += [step_ms(llm) for _ in range(STEPS)]
+                    steps[way] += [clocks[way].step_ms(llm) for _ in range(STEPS)]
                     native[way].append(native_ms(llm))
-        medians = {way: statistics.median(times) for way, times in steps.items()}
-        for way in engines:
+        medians = {way: [statistics.median(part) for part in zip(*times, strict=True)] for way, times in steps.items()}
+        for way, (step, around) in medians.items():
             parts = {part: statistics.median(spent[part] for spent in native[way]) for part in native[way][0]}
-            python = medians[way] - sum(parts.values())
+            rest = step - sum(parts.values())
             rows.append(
                 [
                     batch,
                     way,
-                    f"{medians[way]:.1f} ms",
-                    f"{medians['eager'] / medians[way]:.2f}x",
-                    f"{parts['products']:.1f} ms",
-                    f"{parts['attention']:.1f} ms",
-                    f"{parts['other']:.1f} ms",
-                    f"{python:.1f} ms",
-                    f"{python / medians[way]:.0%}",
+                    f"{step:.1f} ms",
+                    f"{medians['eager'][0] / step:.2f}x",
+                    *(f"{ms:.1f} ms" for ms in parts.values()),
+                    f"{rest:.1f} ms, {rest / step:.0%}",
+                    f"{around:.1f} ms, {around / step:.0%}",
                 ]
             )
-    header = ["batch", "self-decoder", "step", "eager / this", "products", "attention", "other native", "Python", ""]
+    header = ["batch", "self-decoder", "step", "eager / this", "products", "attention", "other native"]
+    header += ["Python and dispatch", "around the model"]
     note = (
         f"{SHAPE} shape, float32, T = 3, contexts of 600 tokens. A step is a call of vLLM's engine; medians of "
         f"{ROUNDS * STEPS} steps in turn. Native time is the operations' own time in steps under torch's profiler "
-        "between them, Python (with dispatch) the rest of a step without it."
+        "between them; Python and dispatch is the rest of a step without it. Around the model: the part of a step, "
+        "native or not, in which vLLM schedules, prepares inputs and samples."
     )
     print_table("Decode", note, header, rows)
+
+
+def prefill(engines: dict) -> None:
+    times = {way: [] for way in engines}
+    parameters = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+    for _ in range(PROMPTS):
+        for way, llm in engines.items():
+            start_s = time.perf_counter()
+            llm.generate([{"prompt_token_ids": [5] * PROMPT}], parameters, use_tqdm=False)
+            times[way].append(time.perf_counter() - start_s)
+    medians = {way: statistics.median(seconds) for way, seconds in times.items()}
+    rows = [[way, f"{s:.2f} s", f"{medians['eager'] / s:.2f}x"] for way, s in medians.items()]
+    note = f"The same engines: prompts of {PROMPT} tokens, one at a time, medians of {PROMPTS} in turn."
+    print_table("Prefill", note, ["self-decoder", "prompt", "eager / this"], rows)
+
+
+def main() -> None:
+    inductor.cpp.enable_kernel_profile = True  # names Inductor's kernels in a profile; costs nothing without one
+    engines = {way: engine(way) for way in ("eager", "unrolled", "once")}
+    prefill(engines)
+    decode(engines)
 
 
 if __name__ == "__main__":

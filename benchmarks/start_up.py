@@ -1,0 +1,76 @@
+"""How long an engine takes until it is ready: eager, compiling, and with what an earlier start has compiled."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+ITERATIONS = (1, 3, 6)
+ROUNDS = 2
+SHAPE = "77M"
+
+
+def start_once(mode: int, checkpoint_iterations: int, iterations: int) -> None:
+    """Print the seconds until an engine is ready, and those of vLLM's warm-up, in which it compiles."""
+    from benchmarks.engine import config, start  # isort: skip
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    warm_up, warm_up_s = CPUModelRunner.warming_up_model, []
+
+    def timed(self):
+        start_s = time.perf_counter()
+        warm_up(self)
+        warm_up_s.append(time.perf_counter() - start_s)
+
+    CPUModelRunner.warming_up_model = timed
+    settings = dict(max_model_len=4096, max_num_seqs=8, kv_cache_memory_bytes=512 << 20)
+    if iterations != checkpoint_iterations:
+        settings["hf_overrides"] = {"num_iterations": iterations}
+    cfg = config(SHAPE, num_iterations=checkpoint_iterations)
+    start_s = time.perf_counter()
+    start(cfg, compilation_config={"mode": mode}, **settings)
+    print(json.dumps([time.perf_counter() - start_s, sum(warm_up_s)]))
+
+
+def seconds(cache: str, mode: int, checkpoint_iterations: int, iterations: int) -> list[float]:
+    """`start_once` in a process of its own, with compiled code kept in the folder `cache`."""
+    kept = dict(VLLM_CACHE_ROOT=cache, TORCHINDUCTOR_CACHE_DIR=f"{cache}/inductor")
+    arguments = [str(number) for number in (mode, checkpoint_iterations, iterations)]
+    command = [sys.executable, "-m", "benchmarks.start_up", *arguments]
+    output = subprocess.run(command, env=os.environ | kept, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def main() -> None:
+    from benchmarks.engine import print_table
+
+    starts: dict[tuple, list[list[float]]] = {}
+    for _ in range(ROUNDS):
+        with tempfile.TemporaryDirectory() as folder:
+            for t in ITERATIONS:
+                cache = f"{folder}/{t}"
+                starts.setdefault(("eager", t), []).append(seconds(cache, 0, t, t))
+                starts.setdefault(("compiles", t), []).append(seconds(cache, 3, t, t))
+                starts.setdefault(("compiled before", t), []).append(seconds(cache, 3, t, t))
+            first, *others = ITERATIONS
+            for t in others:
+                found = seconds(f"{folder}/{first}", 3, first, t)
+                starts.setdefault((f"compiled before with T = {first}, overridden", t), []).append(found)
+    best = {key: [min(times) for times in zip(*runs, strict=True)] for key, runs in starts.items()}
+    rows = []
+    for (way, t), (start_s, warm_up_s) in best.items():
+        eager_s, first_s = best["eager", t][0], best.get((way, ITERATIONS[0]), [0, 0])[1]
+        to_first = f"{warm_up_s / first_s:.2f}x" if first_s > 1 else ""
+        rows.append([t, way, f"{start_s:.1f} s", f"{start_s / eager_s:.2f}x", f"{warm_up_s:.1f} s", to_first])
+    header = ["T", "start", "until ready", "this / eager", "warm-up", f"this / T = {ITERATIONS[0]}"]
+    note = f"{SHAPE} shape, float32, from the construction of `LLM`; the quickest of {ROUNDS} starts in turn."
+    print_table("Start-up", note, header, rows)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        start_once(*map(int, sys.argv[1:]))
+    else:
+        main()
