@@ -53,7 +53,7 @@ def engine(way: str):
 
 def kind(name: str) -> str | None:
     """What an operation of the profile is, by its own time; None for what runs Python itself."""
-    if name.startswith(("vllm::", "## Call", "Torch-Compiled", "TorchDynamo", "Pregraph")) or "ompiledF" in name:
+    if name.startswith(("vllm::", "## Call", "Torch-Compiled", "TorchDynamo", "Pregraph", "AOTDispatcher")):
         return None
     if "cpu_attention" in name or "cpu_attn" in name or "flash" in name:
         return "attention"
@@ -130,7 +130,8 @@ def decode(engines: dict) -> None:
     note = (
         f"{SHAPE} shape, float32, T = 3, contexts of 600 tokens. A step is a call of vLLM's engine; medians of "
         f"{ROUNDS * STEPS} steps in turn. Native time is the operations' own time in steps under torch's profiler "
-        "between them; Python and dispatch is the rest of a step without it. Around the model: the part of a step, "
+        "between them (recording makes it look a little longer); Python and dispatch is the rest of a step without it. "
+        "Around the model: the part of a step, "
         "native or not, in which vLLM schedules, prepares inputs and samples."
     )
     print_table("Decode", note, header, rows)

@@ -76,8 +76,8 @@ def config(shape: str, **changed) -> YocoUConfig:
     return YocoUConfig(**sizes | SHAPES[shape] | changed)
 
 
-def start(cfg: YocoUConfig, **settings) -> LLM:
-    folder = tempfile.mkdtemp(prefix="yocou-bench-")
+def start(cfg: YocoUConfig, folder: str | None = None, **settings) -> LLM:
+    folder = folder or tempfile.mkdtemp(prefix="yocou-bench-")
     cfg.save_pretrained(folder)
     defaults = dict(skip_tokenizer_init=True, load_format="dummy", dtype="float32", enable_prefix_caching=False)
     return LLM(folder, **defaults | settings)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -38,6 +39,11 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(
                 f"|Δlogprob| <= {difference:.1e} of {compared:5} values, reference's rounding {rounding:.1e}: {test}"
             )
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch's compiler needs a C++ compiler on a CPU"
+)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import tiny
+from conftest import needs_compiler
 from torch._inductor import config as inductor
 from vllm.engine.arg_utils import EngineArgs
 from vllm.usage.usage_lib import UsageContext
@@ -12,6 +13,7 @@ from vllm_yocou.engine_config import CHUNK
 REFUSED = [
     (dict(pipeline_parallel_size=2), "Pipeline parallelism is not supported for this model"),
     (dict(tensor_parallel_size=4, decode_context_parallel_size=2), "context parallelism cannot be used with YOCO-U"),
+    (dict(compilation_config={"mode": 1}), "compilation mode 1 cannot be used with YOCO-U: it would unroll the loop"),
     (dict(kv_sharing_fast_prefill=True), "--kv-sharing-fast-prefill cannot be used with YOCO-U"),
     (dict(disable_sliding_window=True), "--disable-sliding-window cannot be used with YOCO-U"),
     (dict(hf_overrides={"num_iterations": 0}), "num_iterations is 0: it must be a whole number of at least 1"),
@@ -142,6 +144,7 @@ def no_compiler():
         yield
 
 
+@needs_compiler
 def test_compiled_where_vllm_would(checkpoint, monkeypatch):
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     assert configured(checkpoint).compilation_config.mode.name == "DYNAMO_TRACE_ONCE"
@@ -155,10 +158,16 @@ def test_eager_without_a_compiler(checkpoint, no_compiler, lines, monkeypatch):
     lines.clear()
     assert configured(checkpoint, enforce_eager=True).compilation_config.mode.name == "NONE"
     assert not any("eagerly" in line for line in lines)
-    with pytest.raises(
-        ValueError, match="mode 3 cannot be used: there is no C\\+\\+ compiler here, leave"
-    ):
+    with pytest.raises(ValueError, match="mode 3 cannot be used: there is no C\\+\\+ compiler here, leave"):
         configured(checkpoint, compilation_config={"mode": 3})
+
+
+@needs_compiler
+def test_eager_without_python_headers(checkpoint, lines, monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert configured(checkpoint).compilation_config.mode.name == "NONE"
+    assert any("Python's header files are not here" in line for line in lines)
 
 
 def test_eager_where_dynamo_is_off(checkpoint, lines, monkeypatch):

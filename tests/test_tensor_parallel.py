@@ -3,12 +3,17 @@
 import engine_process
 import pytest
 import tiny
+from conftest import needs_compiler
 from oracle import Oracle
 
 
 # None: compiled where vLLM would; a worker has read vLLM's settings for good before its first step.
 @pytest.mark.parametrize(
-    "kv_heads, cross_kv_heads, mode", [(2, 1, 0), (1, 2, None)], ids=["one-global-head", "one-window-head-compiled"]
+    "kv_heads, cross_kv_heads, mode",
+    [
+        pytest.param(2, 1, 0, id="one-global-head"),
+        pytest.param(1, 2, None, id="one-window-head-compiled", marks=needs_compiler),
+    ],
 )
 def test_two_ranks_are_exact(kv_heads, cross_kv_heads, mode, tmp_path):
     heads = dict(num_key_value_heads=kv_heads, cross_num_attention_heads=4, cross_num_key_value_heads=cross_kv_heads)

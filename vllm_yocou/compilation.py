@@ -7,13 +7,11 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from unittest.mock import patch
 
+import torch
 from torch import nn
-from vllm import envs
 from vllm.compilation.decorators import support_torch_compile
-from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.forward_context import get_forward_context
-from vllm.platforms import current_platform
 
 from vllm_yocou.attention import WINDOW_ATTENTION
 
@@ -28,8 +26,9 @@ def prepare_cuda_graphs(compilation_config: CompilationConfig) -> None:
     captures and as much memory. The window attention, which reads the iteration on the host, runs between the pieces
     of a piecewise graph; a full graph of decodes captures all T calls with their attention, one after the other.
     """
-    compilation_config.cudagraph_copy_inputs = True
-    # vLLM has chosen by now; where it splits nowhere, nothing is captured in pieces.
+    # With full graphs alone nothing replays a unit, and vLLM's ahead-of-time cache cannot load units that copy.
+    compilation_config.cudagraph_copy_inputs = compilation_config.cudagraph_mode.has_piecewise_cudagraphs()
+    # vLLM has chosen its splitting_ops by now; where it splits nowhere, nothing is captured in pieces.
     if compilation_config.splitting_ops and WINDOW_ATTENTION not in compilation_config.splitting_ops:
         compilation_config.splitting_ops.append(WINDOW_ATTENTION)
 
@@ -47,12 +46,13 @@ def without_piecewise_graphs():
 
 
 def compiled_unit(**dynamic_dims: int) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """vLLM's `support_torch_compile`, without its ahead-of-time cache on a CPU, which there cannot load what it saved.
+    """vLLM's `support_torch_compile`, whose ahead-of-time cache serves every T, and loads on a CPU too.
 
-    That cache is a setting of the whole process, VLLM_USE_AOT_COMPILE, which vLLM may have read for good before a unit
-    is first called (it does so in the workers of tensor parallelism). So it is off in vLLM's eyes for the length of a
-    unit's first call, and no other model sees it; later calls go straight to what the first has compiled. Inductor's
-    own cache makes the next start quick.
+    For the length of a unit's first call, two things are other than they are:
+
+    - `num_iterations` is 0. vLLM's key of compiled code takes in the whole config, but a unit knows nothing of T.
+    - Torch's loader gives what it loads a `finalize_loading`. vLLM calls that on all compiled code and only its own
+      backend's has one, so in the mode that a CPU has vLLM 0.32 would refuse what it saved, and compile in every start.
 
     Args:
         dynamic_dims: for each tensor argument of `forward` with rows, the dimension that counts them.
@@ -63,14 +63,25 @@ def compiled_unit(**dynamic_dims: int) -> Callable[[type[nn.Module]], type[nn.Mo
         vllm_call = cls.__call__
 
         def __call__(self, *args):
-            if self.do_not_compile or not current_platform.is_cpu():
+            compiled = self.do_not_compile or self.compiled or getattr(self, "aot_compiled_fn", None) is not None
+            if compiled:
                 return vllm_call(self, *args)
-            if self.compiled:
-                return TorchCompileWithNoGuardsWrapper.__call__(self, *args)
-            with patch.object(envs, "VLLM_USE_AOT_COMPILE", False):
+            with (
+                patch.object(self.vllm_config.model_config.hf_config, "num_iterations", 0),
+                patch.object(torch.compiler, "load_compiled_function", load_compiled_function),
+            ):
                 return vllm_call(self, *args)
 
         cls.__call__ = __call__
         return cls
 
     return decorate
+
+
+def load_compiled_function(*args, load=torch.compiler.load_compiled_function, **kwargs):
+    """Torch's loader of saved compiled code, for vLLM, which asks the code to finish loading."""
+    loaded = load(*args, **kwargs)
+    code = loaded._artifacts.compiled_fn
+    if not hasattr(code, "finalize_loading"):
+        code.finalize_loading = lambda vllm_config: None
+    return loaded

@@ -5,6 +5,8 @@ vLLM runs this hook for YOCO-U models only, in the process that parses the comma
 
 import logging
 import os
+import sysconfig
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -12,7 +14,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm_yocou.options import Options
 
 if TYPE_CHECKING:
-    from vllm.config import CompilationConfig, ModelConfig, VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
     from vllm_yocou.config import YocoUConfig
 
@@ -65,6 +67,7 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
                 "--kv-sharing-fast-prefill cannot be used with YOCO-U: its cross-decoder has no KV-sharing layers in "
                 "vLLM's sense, leave the flag out."
             )
+        _check_compilation(vllm_config)
         _choose_chunk(vllm_config)
         row_metrics.expose(vllm_config)
         model_config = vllm_config.model_config
@@ -76,8 +79,6 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
                 "A request with a seed and temperature above 0 ends vLLM's CPU engine if its prompt takes several "
                 "chunks, and is not refused under speculative decoding: leave the seed out."
             )
-        if current_platform.is_cpu() and not model_config.enforce_eager:
-            _check_compiler(vllm_config.compilation_config)
 
 
 def _check_shards(config: "YocoUConfig", ranks: int) -> None:
@@ -97,28 +98,43 @@ def _check_shards(config: "YocoUConfig", ranks: int) -> None:
             )
 
 
-def _check_compiler(compilation_config: "CompilationConfig") -> None:
+def _check_compilation(vllm_config: "VllmConfig") -> None:
     """vLLM compiles unless told not to, for which torch needs a C++ compiler on a CPU: without one, run eagerly."""
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    compilation = vllm_config.compilation_config
+    if compilation.mode == CompilationMode.STOCK_TORCH_COMPILE:
+        raise ValueError(
+            "compilation mode 1 cannot be used with YOCO-U: it would unroll the loop into one graph, use 3 or leave "
+            "the mode out."
+        )
+    eager = vllm_config.model_config.enforce_eager or compilation.mode == CompilationMode.NONE
+    if eager or not current_platform.is_cpu() or (missing := _missing_compiler()) is None:
+        return
+    if compilation.mode is not None:
+        raise ValueError(
+            f"compilation mode {compilation.mode.value} cannot be used: {missing}, leave the mode out or give torch a "
+            "C++ compiler (install g++ and Python's headers, unset the variable)."
+        )
+    compilation.mode = CompilationMode.NONE
+    logger.info("The model runs eagerly, in about 1.3 times the time of a compiled one: %s.", missing)
+
+
+def _missing_compiler() -> str | None:
+    """What torch's compiler lacks on a CPU, or None."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
-    from vllm.config import CompilationMode
 
-    if compilation_config.mode == CompilationMode.NONE:
-        return
-    missing = "TORCHDYNAMO_DISABLE is set" if os.environ.get("TORCHDYNAMO_DISABLE") == "1" else None
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return "TORCHDYNAMO_DISABLE is set"
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
-        missing = "there is no C++ compiler here"
-    if missing is None:
-        return
-    if compilation_config.mode is not None:
-        raise ValueError(
-            f"compilation mode {compilation_config.mode.value} cannot be used: {missing}, leave the mode out or give "
-            "torch a C++ compiler (install g++, unset the variable)."
-        )
-    compilation_config.mode = CompilationMode.NONE
-    logger.info("The model runs eagerly, in about 1.3 times the time of a compiled one: %s.", missing)
+        return "there is no C++ compiler here"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python's header files are not here"
+    return None
 
 
 def _choose_chunk(vllm_config: "VllmConfig") -> None:

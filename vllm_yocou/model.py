@@ -17,8 +17,6 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.rotary_embedding import get_rope
-from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
@@ -32,27 +30,10 @@ from vllm_yocou.compilation import compiled_unit, prepare_cuda_graphs, without_p
 from vllm_yocou.config import YocoUConfig
 from vllm_yocou.kv_cache import Packing
 from vllm_yocou.options import Options
-from vllm_yocou.rope import inverse_frequencies
+from vllm_yocou.rotary_embedding import rotary_embedding
 from vllm_yocou.row_selection import why_all_rows
 
 logger = logging.getLogger("vllm.plugins.yocou")
-
-
-class Yoco2024RotaryEmbedding(RotaryEmbedding):
-    """vLLM's rotary embedding over the frequency table of the 2024 YOCO code."""
-
-    def _compute_inv_freq(self, base: float) -> torch.Tensor:
-        return inverse_frequencies(self.rotary_dim, {"rope_type": "yoco2024", "rope_theta": base}, torch.float)
-
-
-def rotary_embedding(vllm_config: VllmConfig, head_dim: int) -> nn.Module:
-    config: YocoUConfig = vllm_config.model_config.hf_config
-    positions = max(config.max_position_embeddings, vllm_config.model_config.max_model_len)
-    neox = not config.rope_interleaved
-    if config.rope_parameters["rope_type"] == "yoco2024":
-        theta, dtype = config.rope_parameters["rope_theta"], vllm_config.model_config.dtype
-        return Yoco2024RotaryEmbedding(head_dim, head_dim, positions, theta, neox, dtype)
-    return get_rope(head_dim, positions, is_neox_style=neox, rope_parameters=config.rope_parameters)
 
 
 class HeadNorm(RMSNorm):
@@ -102,8 +83,9 @@ class LoopedWindowAttention(nn.Module):
                 kv_heads,
                 window=config.sliding_window,
                 quant_config=quant,
-                # vLLM wants exactly one number in the name of a cached layer, different for each.
-                prefix=f"{cache_prefix}.{iteration * config.num_self_decoder_layers + layer}",
+                # vLLM wants exactly one number in the name of a cached layer, different for each. Those that a compiled
+                # unit names, iteration 0 and the global cache, have the same whatever T is.
+                prefix=f"{cache_prefix}.{1 + iteration * config.num_self_decoder_layers + layer}",
             )
             for iteration in range(config.num_iterations)
         )
@@ -115,16 +97,10 @@ class LoopedWindowAttention(nn.Module):
         qkv_NX, _ = self.qkv_proj(h_ND)
         q_NX, k_NX, v_NX = qkv_NX.split(self.sizes, dim=-1)
         q_NX, k_NX = self.rotary_emb(positions_N, self.q_norm(q_NX), self.k_norm(k_NX))
-        out_NX = torch.empty_like(q_NX, memory_format=torch.contiguous_format)
-        torch.ops.vllm.yocou_attend_windows(
-            q_NX.view(self.query_shape),
-            k_NX.view(self.key_shape),
-            v_NX.view(self.key_shape),
-            out_NX.view(self.query_shape),
-            iteration,
-            self.layer_name,
-        )
-        out_ND, _ = self.o_proj(out_NX)
+        q_NHd, k_NKd, v_NKd = q_NX.view(self.query_shape), k_NX.view(self.key_shape), v_NX.view(self.key_shape)
+        out_NHd = torch.empty_like(q_NHd, memory_format=torch.contiguous_format)
+        torch.ops.vllm.yocou_attend_windows(q_NHd, k_NKd, v_NKd, out_NHd, iteration, self.layer_name)
+        out_ND, _ = self.o_proj(out_NHd.flatten(1))
         return out_ND
 
 
@@ -155,7 +131,7 @@ class GlobalKV(nn.Module):
             dc,
             self.kv_proj.num_kv_heads,
             quant_config=vllm_config.quant_config,
-            prefix=f"{cache_prefix}.{config.num_iterations * config.num_self_decoder_layers}",
+            prefix=f"{cache_prefix}.0",
         )
 
     def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
