@@ -32,7 +32,7 @@ def start_once(mode: int, checkpoint_iterations: int, iterations: int) -> None:
     start_s = time.perf_counter()
     # vLLM's compiled code belongs to the checkpoint's path.
     start(cfg, f"{os.environ['VLLM_CACHE_ROOT']}/checkpoint", compilation_config={"mode": mode}, **settings)
-    print(json.dumps([time.perf_counter() - start_s, sum(warm_up_s)]))
+    print(json.dumps([time.perf_counter() - start_s, sum(warm_up_s)]), flush=True)
 
 
 def seconds(cache: str, mode: int, checkpoint_iterations: int, iterations: int) -> list[float]:
@@ -43,9 +43,9 @@ def seconds(cache: str, mode: int, checkpoint_iterations: int, iterations: int) 
     start_s = time.perf_counter()
     with subprocess.Popen(command, env=os.environ | kept, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
-            ready_s = time.perf_counter() - start_s
+            ready_s, last = time.perf_counter() - start_s, line
     assert process.returncode == 0
-    return [ready_s, *json.loads(line)]
+    return [ready_s, *json.loads(last)]
 
 
 def main() -> None:
