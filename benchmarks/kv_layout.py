@@ -4,6 +4,8 @@ from benchmarks.engine import LAYOUTS, block_bytes, config, core, print_table, s
 from vllm import SamplingParams
 from vllm.v1.request import Request
 
+from vllm_yocou.kv_bytes import KVBytes
+
 LENGTHS = (200, 4096, 32768)
 CHUNK = 1024
 BYTES = 2  # bfloat16
@@ -20,13 +22,6 @@ def held_in_decode(llm, tokens: int) -> int:
     held = free - manager.block_pool.get_num_free_blocks()
     manager.free(request)
     return held
-
-
-def formula(cfg, tokens: int) -> int:
-    """Bytes by section 4 of the specification."""
-    window = 2 * cfg.num_key_value_heads * cfg.head_dim * BYTES * min(tokens, cfg.sliding_window)
-    everything = 2 * cfg.cross_num_key_value_heads * cfg.cross_head_dim * BYTES * tokens
-    return window * cfg.num_iterations * cfg.num_self_decoder_layers + everything
 
 
 def row(shape: str, layout: str, groups, block, sizes: list[int]) -> list:
@@ -49,7 +44,9 @@ def main() -> None:
                 row(shape, layout, len(kv_config.kv_cache_groups), f"{block_bytes(llm) >> 10} KiB, {block}", sizes)
             )
             stop(llm)
-        rows.append(row(shape, "formula", "", "", [formula(cfg, tokens) for tokens in LENGTHS]))
+        rows.append(
+            row(shape, "formula", "", "", [KVBytes.yoco_u(cfg, BYTES).of_request(tokens) for tokens in LENGTHS])
+        )
     header = ["shape", "layout", "KV groups", "block: bytes, global tokens"]
     header += [f"{tokens} tokens: bytes a request, tokens per GiB" for tokens in LENGTHS]
     print_table("KV cache layouts", "bfloat16, one request in decode, blocks counted in vLLM's pool.", header, rows)

@@ -7,6 +7,7 @@ import torch
 from vllm_yocou.checkpoint import expected_shapes, verified
 
 CONFIGS = {name: tiny.config(**overrides) for name, overrides in tiny.VARIANTS.items()}
+CONFIGS |= {name: tiny.moe_config(**overrides) for name, overrides in tiny.MOE_VARIANTS.items()}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -71,10 +71,20 @@ def test_overrides_by_a_function_are_checked_too(checkpoint):
         configured(checkpoint, hf_overrides=override)
 
 
-def test_mixtures_of_experts_are_refused_for_now(tmp_path):
-    tiny.moe_config(architectures=["YocoUForCausalLM"]).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="num_experts is 5: mixtures of experts are not served yet"):
-        configured(str(tmp_path))
+def test_experts_are_split_over_ranks(tmp_path):
+    tiny.model(tiny.moe_config(moe_intermediate_size=50)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="moe_intermediate_size 50 is not divisible by the tensor parallel size 4"):
+        configured(str(tmp_path), tensor_parallel_size=4)
+    with pytest.raises(ValueError, match="--enable-expert-parallel cannot be used on a CPU"):
+        configured(str(tmp_path), tensor_parallel_size=4, enable_expert_parallel=True)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_weights_say_whether_the_shared_expert_is_gated(gated, tmp_path):
+    model = tiny.model(tiny.moe_config(shared_expert_gate=gated))
+    model.config.shared_expert_gate = None
+    model.save_pretrained(tmp_path)
+    assert configured(str(tmp_path)).model_config.hf_config.shared_expert_gate is gated
 
 
 def test_the_window_stays_with_the_layers_that_have_one(checkpoint):

@@ -9,13 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from vllm_yocou.reference import YocoUCache, YocoUForCausalLM
 
-MOE_VARIANTS = {
-    "moe": dict(),
-    "moe-gated-shared": dict(shared_expert_gate=True),
-    "moe-unnormalised": dict(norm_topk_prob=False, shared_expert_intermediate_size=None),
-}
 CONFIGS = {name: tiny.config(**overrides) for name, overrides in tiny.VARIANTS.items()}
-CONFIGS |= {name: tiny.moe_config(**overrides) for name, overrides in MOE_VARIANTS.items()}
+CONFIGS |= {name: tiny.moe_config(**overrides) for name, overrides in tiny.MOE_VARIANTS.items()}
 
 
 @pytest.fixture(params=CONFIGS, scope="module")

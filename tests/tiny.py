@@ -53,6 +53,14 @@ VARIANTS = {
 }
 
 
+# Of moe_config; a shared expert without a gate, with one, and none.
+MOE_VARIANTS = {
+    "moe": dict(),
+    "moe-gated-shared": dict(shared_expert_gate=True),
+    "moe-unnormalised": dict(norm_topk_prob=False, shared_expert_intermediate_size=None),
+}
+
+
 def config(**overrides) -> YocoUConfig:
     """S = C = 2, T = 3, W = 16, hidden 96, 4 query and 2 KV heads of 32: small, but nothing is the size of another."""
     sizes = dict(

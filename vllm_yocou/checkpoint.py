@@ -14,7 +14,7 @@ NAMED = 6  # tensors that an error lists by name before it counts the rest
 
 
 def expected_shapes(config: YocoUConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a dense checkpoint; matrices are (out, in) as in torch.nn.Linear."""
+    """Name -> shape of every tensor of a checkpoint; matrices are (out, in) as in torch.nn.Linear."""
     D, V = config.hidden_size, config.vocab_size
     H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     Hc, Kc, dc = config.cross_num_attention_heads, config.cross_num_key_value_heads, config.cross_head_dim
@@ -26,7 +26,7 @@ def expected_shapes(config: YocoUConfig) -> dict[str, tuple[int, ...]]:
         shapes["lm_head.weight"] = (V, D)
     for i in range(config.num_self_decoder_layers):
         layer = f"model.self_decoder.layers.{i}"
-        shapes |= _layer_shapes(layer, D, config.intermediate_size)
+        shapes |= _layer_shapes(layer, config)
         shapes[f"{layer}.self_attn.q_proj.weight"] = (H * d, D)
         shapes[f"{layer}.self_attn.k_proj.weight"] = (K * d, D)
         shapes[f"{layer}.self_attn.v_proj.weight"] = (K * d, D)
@@ -39,7 +39,7 @@ def expected_shapes(config: YocoUConfig) -> dict[str, tuple[int, ...]]:
         shapes["model.global_kv.k_norm.weight"] = (dc,)
     for j in range(config.num_cross_decoder_layers):
         layer = f"model.cross_decoder.layers.{j}"
-        shapes |= _layer_shapes(layer, D, config.intermediate_size)
+        shapes |= _layer_shapes(layer, config)
         shapes[f"{layer}.cross_attn.q_proj.weight"] = (Hc * dc, D)
         shapes[f"{layer}.cross_attn.o_proj.weight"] = (D, Hc * dc)
         if cross_norms:
@@ -47,13 +47,26 @@ def expected_shapes(config: YocoUConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _layer_shapes(layer: str, D: int, width: int) -> dict[str, tuple[int, ...]]:
+def _layer_shapes(layer: str, config: YocoUConfig) -> dict[str, tuple[int, ...]]:
+    D = config.hidden_size
+    shapes = {f"{layer}.input_layernorm.weight": (D,), f"{layer}.post_attention_layernorm.weight": (D,)}
+    if not config.is_moe:
+        return shapes | _swiglu_shapes(f"{layer}.mlp", D, config.intermediate_size)
+    shapes[f"{layer}.mlp.gate.weight"] = (config.num_experts, D)
+    for e in range(config.num_experts):
+        shapes |= _swiglu_shapes(f"{layer}.mlp.experts.{e}", D, config.moe_intermediate_size)
+    if config.shared_expert_intermediate_size is not None:
+        shapes |= _swiglu_shapes(f"{layer}.mlp.shared_expert", D, config.shared_expert_intermediate_size)
+        if config.shared_expert_gate:
+            shapes[f"{layer}.mlp.shared_expert_gate.weight"] = (1, D)
+    return shapes
+
+
+def _swiglu_shapes(prefix: str, D: int, width: int) -> dict[str, tuple[int, ...]]:
     return {
-        f"{layer}.input_layernorm.weight": (D,),
-        f"{layer}.post_attention_layernorm.weight": (D,),
-        f"{layer}.mlp.gate_proj.weight": (width, D),
-        f"{layer}.mlp.up_proj.weight": (width, D),
-        f"{layer}.mlp.down_proj.weight": (D, width),
+        f"{prefix}.gate_proj.weight": (width, D),
+        f"{prefix}.up_proj.weight": (width, D),
+        f"{prefix}.down_proj.weight": (D, width),
     }
 
 

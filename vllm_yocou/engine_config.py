@@ -14,7 +14,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm_yocou.options import Options
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
     from vllm_yocou.config import YocoUConfig
 
@@ -38,11 +38,10 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
                 "fixed size, leave the flag out."
             )
         config.check()  # once more: overrides given as a function bypass YocoUConfig.update
-        if config.is_moe:
-            raise ValueError(
-                f"num_experts is {config.num_experts}: mixtures of experts are not served yet, "
-                "run this checkpoint with transformers (import vllm_yocou.reference)."
-            )
+        if config.shared_expert_intermediate_size is not None and config.shared_expert_gate is None:
+            from vllm_yocou.feed_forward import has_shared_expert_gate
+
+            config.shared_expert_gate = has_shared_expert_gate(model_config.model)
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
@@ -51,7 +50,7 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
         from vllm_yocou import row_metrics, v1_runner
 
         parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
-        _check_shards(vllm_config.model_config.hf_config, parallel.tensor_parallel_size)
+        _check_shards(vllm_config.model_config.hf_config, parallel)
         if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
             raise ValueError(
                 "context parallelism cannot be used with YOCO-U: its window caches are not sharded over positions, "
@@ -67,6 +66,13 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
                 "--kv-sharing-fast-prefill cannot be used with YOCO-U: its cross-decoder has no KV-sharing layers in "
                 "vLLM's sense, leave the flag out."
             )
+        # vLLM's list of expert layers, in the order of their calls, is made for one call a layer and step.
+        vllm_config.compilation_config.fast_moe_cold_start = False
+        if parallel.enable_expert_parallel and current_platform.is_cpu():
+            raise ValueError(
+                "--enable-expert-parallel cannot be used on a CPU: vLLM's CPU kernels do not pass over tokens of other "
+                "ranks' experts, leave the flag out."
+            )
         _check_compilation(vllm_config)
         _choose_chunk(vllm_config)
         row_metrics.expose(vllm_config)
@@ -81,9 +87,20 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
             )
 
 
-def _check_shards(config: "YocoUConfig", ranks: int) -> None:
-    """Ranks split query heads and feed-forward; they split KV heads too, or replicate them where ranks are more."""
-    for key in ("num_attention_heads", "cross_num_attention_heads", "intermediate_size"):
+def _check_shards(config: "YocoUConfig", parallel: "ParallelConfig") -> None:
+    """Ranks split query heads and feed-forward; they split KV heads too, or replicate them where ranks are more.
+
+    Experts are split over ranks whole where expert parallelism is on, otherwise each one's width.
+    """
+    ranks = parallel.tensor_parallel_size
+    split = ["num_attention_heads", "cross_num_attention_heads"]
+    if not config.is_moe:
+        split.append("intermediate_size")
+    elif not parallel.enable_expert_parallel:
+        split.append("moe_intermediate_size")
+    if config.shared_expert_intermediate_size is not None:
+        split.append("shared_expert_intermediate_size")
+    for key in split:
         if getattr(config, key) % ranks:
             raise ValueError(
                 f"{key} {getattr(config, key)} is not divisible by the tensor parallel size {ranks}: "

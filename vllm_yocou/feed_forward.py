@@ -67,11 +67,18 @@ class MoE(nn.Module):
 
 
 def has_shared_expert_gate(checkpoint: str) -> bool:
-    """Whether a checkpoint's safetensors hold a shared-expert gate (the format says so by the weight alone)."""
-    index = cached_file(checkpoint, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    """Whether a checkpoint's safetensors hold a shared-expert gate (the format says so by the weight alone).
+
+    False where there are none, as for a model that gets random weights.
+    """
+    index, single = (
+        cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False)
+        for name in ("model.safetensors.index.json", "model.safetensors")
+    )
+    names = []
     if index is not None:
         names = json.loads(Path(index).read_text())["weight_map"]
-    else:
-        with safe_open(cached_file(checkpoint, "model.safetensors"), framework="pt") as file:
-            names = file.keys()
+    elif single is not None:
+        with safe_open(single, framework="pt") as file:
+            names = list(file.keys())
     return any(name.endswith(SHARED_EXPERT_GATE) for name in names)

@@ -28,6 +28,7 @@ from vllm_yocou.backend import smallest_block
 from vllm_yocou.checkpoint import verified
 from vllm_yocou.compilation import compiled_unit, prepare_cuda_graphs, without_piecewise_graphs
 from vllm_yocou.config import YocoUConfig
+from vllm_yocou.experts import MixtureOfExperts
 from vllm_yocou.kv_cache import Packing
 from vllm_yocou.options import Options
 from vllm_yocou.rotary_embedding import rotary_embedding
@@ -180,13 +181,16 @@ class DecoderLayer(nn.Module):
         config: YocoUConfig = vllm_config.model_config.hf_config
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = LlamaMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            config.hidden_act,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.mlp",
-        )
+        if config.is_moe:
+            self.mlp = MixtureOfExperts(vllm_config, f"{prefix}.mlp")
+        else:
+            self.mlp = LlamaMLP(
+                config.hidden_size,
+                config.intermediate_size,
+                config.hidden_act,
+                quant_config=vllm_config.quant_config,
+                prefix=f"{prefix}.mlp",
+            )
 
     def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         """`source` is what the attention reads: the iteration in the self-decoder, the written token in the other."""
@@ -338,8 +342,10 @@ class YocoUForCausalLM(nn.Module):
             ".self_attn.v_proj": (".self_attn.qkv_proj", "v"),
             ".global_kv.k_proj": (".global_kv.kv_proj", "k"),
             ".global_kv.v_proj": (".global_kv.kv_proj", "v"),
-            ".gate_proj": (".gate_up_proj", 0),
-            ".up_proj": (".gate_up_proj", 1),
+            ".mlp.gate_proj": (".mlp.gate_up_proj", 0),
+            ".mlp.up_proj": (".mlp.gate_up_proj", 1),
+            ".shared_expert.gate_proj": (".shared_expert.gate_up_proj", 0),
+            ".shared_expert.up_proj": (".shared_expert.gate_up_proj", 1),
         }
     )
 

@@ -1,0 +1,37 @@
+"""Parameters and operations are those of the reference model, counted by torch."""
+
+import pytest
+import tiny
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vllm_yocou import parameters
+
+CONFIGS = {name: tiny.config(**overrides) for name, overrides in tiny.VARIANTS.items()}
+CONFIGS |= {name: tiny.moe_config(**overrides) for name, overrides in tiny.MOE_VARIANTS.items()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters(name):
+    model = tiny.model(CONFIGS[name])
+    assert parameters.stored(model.config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_matrix_operations_of_a_token(name):
+    model = tiny.model(CONFIGS[name])
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(torch.tensor([[5]]), use_cache=False)
+    counted = counter.get_flop_counts()["Global"]
+    matrices = sum(
+        count for operation, count in counted.items() if "mm" in str(operation) and "bmm" not in str(operation)
+    )
+    assert parameters.flops(model.config, 0) == matrices
+
+
+def test_attention_operations():
+    cfg = tiny.config()  # T·S = 6 windows of 16, two cross layers; 4 heads of 32
+    assert parameters.flops(cfg, 10) - parameters.flops(cfg, 0) == 4 * 4 * 32 * (6 * 10 + 2 * 10)
+    assert parameters.flops(cfg, 100) - parameters.flops(cfg, 0) == 4 * 4 * 32 * (6 * 16 + 2 * 100)

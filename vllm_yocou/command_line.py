@@ -1,0 +1,160 @@
+"""`vllm-yocou`: what a model needs, before anything is started. Errors are one line and exit code 2."""
+
+import json
+import re
+import sys
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_yocou import parameters
+from vllm_yocou.config import YocoUConfig
+from vllm_yocou.kv_bytes import KVBytes
+
+UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+MIB = 1 << 20
+
+
+class CacheType(StrEnum):
+    """Data types of keys and values."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+    fp8 = "fp8"
+
+    @property
+    def bytes(self) -> int:
+        return {"float32": 4, "fp8": 1}.get(self.value, 2)
+
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="YOCO-U models: what they are and what they need.")
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, config.json or name on the Hugging Face hub.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def size(text: str | int) -> int:
+    """A whole number, by itself or with k, m or g for powers of 1024: 256k, 40g, 40GiB."""
+    found = re.fullmatch(r"(\d+)([kmg]?)(?:i?b)?", str(text).strip().lower())
+    if found is None or int(found[1]) == 0:
+        raise typer.BadParameter(f"'{text}' is not a positive whole number with k, m or g behind it.")
+    return int(found[1]) * UNITS[found[2]]
+
+
+def read_config(model: str) -> YocoUConfig:
+    found, _ = YocoUConfig.get_config_dict(model)
+    if found.get("model_type") != YocoUConfig.model_type:
+        raise ValueError(
+            f"{model} is of model_type '{found.get('model_type')}': give a checkpoint of '{YocoUConfig.model_type}'."
+        )
+    return YocoUConfig.from_pretrained(model)
+
+
+@app.command()
+def kv(
+    model: Model,
+    context: Annotated[int, typer.Option(parser=size, metavar="TOKENS", help="Tokens of a request, as 256k.")] = 32768,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at the same time.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks; all figures are for one rank.")] = 1,
+    kv_cache_dtype: Annotated[CacheType, typer.Option(help="Data type of keys and values.")] = CacheType.bfloat16,
+    budget: Annotated[
+        int | None, typer.Option(parser=size, metavar="BYTES", help="KV memory of a rank, as 40g.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """KV-cache bytes of this model, of plain YOCO and of a Transformer of the same shape."""
+    config = read_config(model)
+    check_ranks(config, tp)
+    width = kv_cache_dtype.bytes
+    ways = {
+        f"YOCO-U, T = {config.num_iterations}": KVBytes.yoco_u(config, width, tp),
+        "YOCO, T = 1": KVBytes.yoco_u(config, width, tp, iterations=1),
+        f"Transformer, {config.num_hidden_layers} layers": KVBytes.transformer(config, width, tp),
+    }
+    rows = []
+    for name, cost in ways.items():
+        request = cost.of_request(context)
+        row = {
+            "architecture": name,
+            "global_bytes": request - cost.of_windows(context),
+            "window_bytes": cost.of_windows(context),
+            "request_bytes": request,
+            "all_bytes": request * concurrency,
+        }
+        if budget is not None:
+            row["tokens_in_budget"] = cost.tokens_in(budget // concurrency)
+        rows.append(row)
+    if as_json:
+        print(json.dumps({"context": context, "concurrency": concurrency, "tp": tp, "rows": rows}, indent=2))
+        return
+    table = Table(title=f"KV cache of {context:,} tokens, {kv_cache_dtype.value}, a rank of {tp}")
+    columns = ["architecture", "global", "windows", "a request", f"{concurrency} requests"]
+    if budget is not None:
+        columns.append(f"tokens a request in {budget / (1 << 30):g} GiB")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "architecture" else "right")
+    for row in rows:
+        cells = [
+            f"{value:,}" if key == "tokens_in_budget" else f"{value / MIB:,.1f} MiB"
+            for key, value in row.items()
+            if key != "architecture"
+        ]
+        table.add_row(row["architecture"], *cells)
+    Console().print(table)
+
+
+@app.command()
+def info(
+    model: Model,
+    context: Annotated[int, typer.Option(parser=size, metavar="TOKENS", help="Context of the decoded token.")] = 4096,
+    as_json: AsJson = False,
+) -> None:
+    """Architecture, parameters and operations of a model."""
+    config = read_config(model)
+    facts = {
+        "self_decoder_layers": config.num_self_decoder_layers,
+        "cross_decoder_layers": config.num_cross_decoder_layers,
+        "iterations": config.num_iterations,
+        "sliding_window": config.sliding_window,
+        "hidden_size": config.hidden_size,
+        "self_decoder_heads": f"{config.num_attention_heads} query, {config.num_key_value_heads} KV of "
+        f"{config.head_dim}",
+        "cross_decoder_heads": f"{config.cross_num_attention_heads} query, {config.cross_num_key_value_heads} KV of "
+        f"{config.cross_head_dim}",
+        "experts": f"{config.num_experts_per_tok} of {config.num_experts}" if config.is_moe else None,
+        "parameters": parameters.stored(config),
+        "active_parameters": parameters.active(config),
+        f"flops_a_token_at_{context}": parameters.flops(config, context),
+    }
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    table = Table(show_header=False, title=str(model))
+    for name, value in facts.items():
+        if value is not None:
+            table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else value)
+    Console().print(table)
+
+
+def check_ranks(config: YocoUConfig, ranks: int) -> None:
+    for heads in (config.num_key_value_heads, config.cross_num_key_value_heads):
+        if heads % ranks and ranks % heads:
+            raise ValueError(
+                f"{heads} KV heads can be neither split over nor replicated on {ranks} ranks: change --tp."
+            )
+
+
+def main() -> None:
+    try:
+        sys.exit(app(standalone_mode=False))
+    except typer.Abort:
+        complaint = "interrupted."
+    except typer.TyperException as error:
+        complaint = error.format_message()
+    except (ValueError, OSError) as error:
+        complaint = str(error)
+    print(f"vllm-yocou: {' '.join(complaint.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,52 @@
+"""The mixture of experts for vLLM: routed anew in every iteration, by its own call of vLLM's fused kernels.
+
+Shapes: N tokens, D hidden_size, E experts.
+"""
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.models.qwen2_moe import Qwen2MoeMLP
+
+from vllm_yocou.config import YocoUConfig
+
+
+class MixtureOfExperts(nn.Module):
+    """Softmax over all experts, the top k of them, plus an optional (optionally gated) shared expert."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        config: YocoUConfig = vllm_config.model_config.hf_config
+        quant = vllm_config.quant_config
+        self.gate = GateLinear(config.hidden_size, config.num_experts, prefix=f"{prefix}.gate")
+        self.shared_expert = self.shared_expert_gate = None
+        if config.shared_expert_gate:
+            self.shared_expert_gate = ReplicatedLinear(
+                config.hidden_size, 1, bias=False, prefix=f"{prefix}.shared_expert_gate"
+            )
+        if config.shared_expert_intermediate_size is not None:
+            self.shared_expert = Qwen2MoeMLP(
+                config.hidden_size,
+                config.shared_expert_intermediate_size,
+                config.hidden_act,
+                quant_config=quant,
+                reduce_results=False,  # once, together with the routed experts
+                expert_gate=self.shared_expert_gate,
+                prefix=f"{prefix}.shared_expert",
+            )
+        self.experts = FusedMoEFactory(
+            shared_experts=self.shared_expert,
+            num_experts=config.num_experts,
+            top_k=config.num_experts_per_tok,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.moe_intermediate_size,
+            renormalize=config.norm_topk_prob,
+            quant_config=quant,
+            prefix=f"{prefix}.experts",
+        )
+
+    def forward(self, h_ND: torch.Tensor) -> torch.Tensor:
+        logits_NE, _ = self.gate(h_ND)
+        return self.experts(hidden_states=h_ND, router_logits=logits_NE)
