@@ -26,7 +26,7 @@ def prepare_cuda_graphs(compilation_config: CompilationConfig) -> None:
     captures and as much memory. The window attention, which reads the iteration on the host, runs between the pieces
     of a piecewise graph; a full graph of decodes captures all T calls with their attention, one after the other.
     """
-    # With full graphs alone nothing replays a unit, and vLLM's ahead-of-time cache cannot load units that copy.
+    # Without pieces nothing replays a unit, and vLLM's ahead-of-time cache fails to load one that was told to copy.
     compilation_config.cudagraph_copy_inputs = compilation_config.cudagraph_mode.has_piecewise_cudagraphs()
     # vLLM has chosen its splitting_ops by now; where it splits nowhere, nothing is captured in pieces.
     if compilation_config.splitting_ops and WINDOW_ATTENTION not in compilation_config.splitting_ops:
@@ -63,8 +63,8 @@ def compiled_unit(**dynamic_dims: int) -> Callable[[type[nn.Module]], type[nn.Mo
         vllm_call = cls.__call__
 
         def __call__(self, *args):
-            compiled = self.do_not_compile or self.compiled or getattr(self, "aot_compiled_fn", None) is not None
-            if compiled:
+            later = self.do_not_compile or self.compiled or getattr(self, "aot_compiled_fn", None) is not None
+            if later:
                 return vllm_call(self, *args)
             with (
                 patch.object(self.vllm_config.model_config.hf_config, "num_iterations", 0),
