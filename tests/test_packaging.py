@@ -1,5 +1,6 @@
 """What `pip install .` puts on a machine."""
 
+import configparser
 import re
 import subprocess
 import sys
@@ -32,13 +33,13 @@ def test_both_folders_are_one_package(wheel):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"vllm_yocou"}
 
 
-def test_the_entry_point_is_vllms(wheel):
-    assert text(wheel, "entry_points.txt").split() == [
-        "[vllm.general_plugins]",
-        "yocou",
-        "=",
-        "vllm_yocou.registration:register",
-    ]
+def test_the_entry_points_are_vllms_and_the_command(wheel):
+    entries = configparser.ConfigParser()
+    entries.read_string(text(wheel, "entry_points.txt"))
+    assert {name: dict(entries[name]) for name in entries.sections()} == {
+        "vllm.general_plugins": {"yocou": "vllm_yocou.registration:register"},
+        "console_scripts": {"vllm-yocou": "vllm_yocou.command_line:main"},
+    }
 
 
 def test_no_vllm_is_dragged_in_and_the_extras_exist(wheel):
