@@ -16,8 +16,6 @@ import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-import graph_replay
-
 METRICS = ("yocou_self_decoder_rows", "yocou_cross_decoder_rows", "yocou_skipped_rows", "num_preemptions")
 
 
@@ -119,10 +117,12 @@ def main() -> None:
         interpret_triton()
     if runner == "v2-triton":
         attend_in_triton()
-    if runner == "v1-graphs":
-        graph_replay.install()
+    # Not before: both import vLLM, which looks for Triton once.
+    import graph_replay
     from vllm import LLM, SamplingParams
 
+    if runner == "v1-graphs":
+        graph_replay.install()
     job = json.load(sys.stdin)
     defaults = dict(
         skip_tokenizer_init=True,
