@@ -6,13 +6,10 @@ import torch
 
 from vllm_yocou.checkpoint import expected_shapes, verified
 
-CONFIGS = {name: tiny.config(**overrides) for name, overrides in tiny.VARIANTS.items()}
-CONFIGS |= {name: tiny.moe_config(**overrides) for name, overrides in tiny.MOE_VARIANTS.items()}
 
-
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_table_is_the_reference_models_state_dict(name):
-    cfg = CONFIGS[name]
+    cfg = tiny.CONFIGS[name]
     shapes = {key: tuple(tensor.shape) for key, tensor in tiny.model(cfg).state_dict().items()}
     if cfg.tie_word_embeddings:
         del shapes["lm_head.weight"]

@@ -7,20 +7,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vllm_yocou import parameters
 
-CONFIGS = {name: tiny.config(**overrides) for name, overrides in tiny.VARIANTS.items()}
-CONFIGS |= {name: tiny.moe_config(**overrides) for name, overrides in tiny.MOE_VARIANTS.items()}
 
-
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_parameters(name):
-    model = tiny.model(CONFIGS[name])
+    model = tiny.model(tiny.CONFIGS[name])
     assert parameters.stored(model.config) == sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
 @torch.no_grad()
 def test_matrix_operations_of_a_token(name):
-    model = tiny.model(CONFIGS[name])
+    model = tiny.model(tiny.CONFIGS[name])
     counter = FlopCounterMode(display=False)
     with counter:
         model(torch.tensor([[5]]), use_cache=False)

@@ -9,13 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from vllm_yocou.reference import YocoUCache, YocoUForCausalLM
 
-CONFIGS = {name: tiny.config(**overrides) for name, overrides in tiny.VARIANTS.items()}
-CONFIGS |= {name: tiny.moe_config(**overrides) for name, overrides in tiny.MOE_VARIANTS.items()}
 
-
-@pytest.fixture(params=CONFIGS, scope="module")
+@pytest.fixture(params=tiny.CONFIGS, scope="module")
 def double(request) -> YocoUForCausalLM:
-    return tiny.model(CONFIGS[request.param]).double()
+    return tiny.model(tiny.CONFIGS[request.param]).double()
 
 
 def ids(length: int, seed: int = 0) -> torch.Tensor:
@@ -148,7 +145,7 @@ def test_low_precision_is_close(dtype):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["T2-S1-C3-rope-tied-W33", "moe", "moe-gated-shared"])
 def test_saved_and_loaded_by_the_auto_class(tmp_path, name):
-    model = tiny.model(CONFIGS[name])
+    model = tiny.model(tiny.CONFIGS[name])
     if name == "moe-gated-shared":
         model.config.shared_expert_gate = None  # the format says it by the weight alone
     model.save_pretrained(tmp_path, max_shard_size="100KB")

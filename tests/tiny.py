@@ -84,6 +84,11 @@ def moe_config(**overrides) -> YocoUConfig:
     return config(**experts | overrides)
 
 
+# Every variant, dense and mixed.
+CONFIGS = {name: config(**overrides) for name, overrides in VARIANTS.items()}
+CONFIGS |= {name: moe_config(**overrides) for name, overrides in MOE_VARIANTS.items()}
+
+
 def model(cfg: YocoUConfig, seed: int = 0) -> YocoUForCausalLM:
     """Random weights large enough that every layer moves the logits; norm weights away from one."""
     torch.manual_seed(seed)
