@@ -2,7 +2,8 @@
 
     python engine_process.py CHECKPOINT RUNNER < job.json
 
-The job is {"settings": {...}, "batches": [[{"prompt": [...], "sampling": {...}}]]}, with settings of vLLM's `LLM`.
+The job is {"settings": {...}, "batches": [[{"prompt": [...], "sampling": {...}, "adapter": "FOLDER"}]]}, with settings of
+vLLM's `LLM`; sampling and adapter may be left out.
 `RUNNER` is v1, v1-graphs, v2 or v2-triton. With v1-graphs the model is compiled in pieces that replay the addresses of
 their first call, as CUDA graphs do (graph_replay.py). vLLM's V2 runner is CUDA's default and wants Triton, of which the
 CPU build has no backend; here its kernels run in Triton's interpreter, on the CPU and with the same results. With
@@ -120,6 +121,7 @@ def main() -> None:
     # Not before: both import vLLM, which looks for Triton once.
     import graph_replay
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     if runner == "v1-graphs":
         graph_replay.install()
@@ -143,12 +145,18 @@ def main() -> None:
         graphs = graph_replay.ReplayedGraph
         return counted | {"graph_captures": graphs.captures, "graph_replays": graphs.replays}
 
+    ids = {}
+
+    def adapter(folder: str) -> LoRARequest:
+        return LoRARequest(folder, ids.setdefault(folder, len(ids) + 1), folder)
+
     greedy = dict(temperature=0, max_tokens=12, ignore_eos=True, logprobs=5, detokenize=False)
     result, before = [], metrics()
     for batch in job["batches"]:
         prompts = [{"prompt_token_ids": request["prompt"]} for request in batch]
         parameters = [SamplingParams(**greedy | request.get("sampling", {})) for request in batch]
-        outputs = llm.generate(prompts, parameters, use_tqdm=False)
+        adapters = [adapter(request["adapter"]) if request.get("adapter") else None for request in batch]
+        outputs = llm.generate(prompts, parameters, use_tqdm=False, lora_request=adapters)
         after = metrics()
         moved = {name: after[name] - before[name] for name in after}
         result.append({"outputs": [plain_output(output) for output in outputs], "metrics": moved})

@@ -71,12 +71,14 @@ def test_overrides_by_a_function_are_checked_too(checkpoint):
         configured(checkpoint, hf_overrides=override)
 
 
-def test_experts_are_split_over_ranks(tmp_path):
+def test_what_experts_allow(tmp_path):
     tiny.model(tiny.moe_config(moe_intermediate_size=50)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="moe_intermediate_size 50 is not divisible by the tensor parallel size 4"):
         configured(str(tmp_path), tensor_parallel_size=4)
     with pytest.raises(ValueError, match="--enable-expert-parallel cannot be used on a CPU"):
         configured(str(tmp_path), tensor_parallel_size=4, enable_expert_parallel=True)
+    with pytest.raises(ValueError, match="--enable-lora cannot be used with a mixture of experts on a CPU"):
+        configured(str(tmp_path), enable_lora=True)
 
 
 @pytest.mark.parametrize("gated", [True, False])

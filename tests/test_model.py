@@ -154,13 +154,6 @@ def test_a_wrong_checkpoint_is_refused_by_tensor_names(tmp_path):
     cleanup_dist_env_and_memory()
 
 
-def test_adapters_are_refused(tmp_path):
-    tiny.model(tiny.config()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="does not support LoRA"):
-        start(tmp_path, enable_lora=True, kv_cache_memory_bytes=64 << 20)
-    cleanup_dist_env_and_memory()
-
-
 def test_the_bound_can_fail():
     """A reference with another window is far outside the bound."""
     model = tiny.model(tiny.config())

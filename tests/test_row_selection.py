@@ -71,7 +71,6 @@ def settings(**changed) -> SimpleNamespace:
     parts = dict(
         additional_config={},
         model_config=SimpleNamespace(runner_type="generate"),
-        lora_config=None,
         kv_transfer_config=None,
         parallel_config=SimpleNamespace(use_ubatching=False),
         speculative_config=None,
@@ -86,7 +85,6 @@ def settings(**changed) -> SimpleNamespace:
         ({}, None),
         (dict(additional_config={"yocou": {"skip_rows": False}}), "skip_rows is off"),
         (dict(model_config=SimpleNamespace(runner_type="pooling")), "pooling"),
-        (dict(lora_config=object()), "adapters"),
         (dict(kv_transfer_config=object()), "KV connectors"),
         (dict(parallel_config=SimpleNamespace(use_ubatching=True)), "micro-batches"),
         (dict(speculative_config=object()), "V1 runner does not say"),

@@ -73,6 +73,15 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
                 "--enable-expert-parallel cannot be used on a CPU: vLLM's CPU kernels do not pass over tokens of other "
                 "ranks' experts, leave the flag out."
             )
+        if (
+            vllm_config.lora_config is not None
+            and vllm_config.model_config.hf_config.is_moe
+            and current_platform.is_cpu()
+        ):
+            raise ValueError(
+                "--enable-lora cannot be used with a mixture of experts on a CPU: vLLM computes experts with adapters "
+                "in Triton, merge the adapter into the weights."
+            )
         _check_compilation(vllm_config)
         _choose_chunk(vllm_config)
         row_metrics.expose(vllm_config)

@@ -14,15 +14,18 @@ from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.lora.model_manager import LoRAModelManager
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import _encode_layer_name
 
+from vllm_yocou.adapters import adapters_of, spare_rows_without_adapter
 from vllm_yocou.attention import GlobalAttention, WindowAttention
 from vllm_yocou.backend import smallest_block
 from vllm_yocou.checkpoint import verified
@@ -309,7 +312,11 @@ class YocoUModel(nn.Module):
         return self.embed_tokens(input_ids_N) * self.embedding_multiplier
 
     def forward(
-        self, input_ids_N: torch.Tensor | None, positions_N: torch.Tensor, x_ND: torch.Tensor | None
+        self,
+        input_ids_N: torch.Tensor | None,
+        positions_N: torch.Tensor,
+        x_ND: torch.Tensor | None,
+        lora_manager: LoRAModelManager | None,
     ) -> torch.Tensor:
         if x_ND is None:
             x_ND = self.embed_input_ids(input_ids_N)
@@ -322,12 +329,12 @@ class YocoUModel(nn.Module):
         # The rows left out stay zero: nobody reads them (row_selection.py).
         out_ND = torch.zeros_like(x_ND)
         if len(rows_M):
-            with without_piecewise_graphs():
+            with without_piecewise_graphs(), adapters_of(rows_M, lora_manager):
                 out_ND[rows_M] = self.norm(self.cross_decoder(positions_N[rows_M], x_ND[rows_M], written))
         return out_ND
 
 
-class YocoUForCausalLM(nn.Module):
+class YocoUForCausalLM(nn.Module, SupportsLoRA):
     """The architecture that vLLM's registry names."""
 
     packed_modules_mapping = {
@@ -352,6 +359,11 @@ class YocoUForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         self.config: YocoUConfig = vllm_config.model_config.hf_config
+        self._lora_manager: LoRAModelManager | None = None
+        if vllm_config.lora_config is not None:
+            # vLLM has adapters for a QKVParallelLinear of three parts; the queries' part of the global KV is empty.
+            # Not on the class, where quantization methods read it: they look for every part in the checkpoint.
+            self.packed_modules_mapping = self.packed_modules_mapping | {"kv_proj": ["q_proj", "k_proj", "v_proj"]}
         # Quantized on disk, not on the way in (`--quantization` on a plain checkpoint).
         self.quantized = getattr(self.config, "quantization_config", None) is not None
         self.model = YocoUModel(vllm_config, maybe_prefix(prefix, "model"))
@@ -365,6 +377,16 @@ class YocoUForCausalLM(nn.Module):
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
 
+    @property
+    def lora_manager(self) -> LoRAModelManager | None:
+        return self._lora_manager
+
+    @lora_manager.setter
+    def lora_manager(self, manager: LoRAModelManager) -> None:
+        """vLLM sets it once it has put its adapters around the linear layers."""
+        spare_rows_without_adapter(manager)
+        self._lora_manager = manager
+
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_input_ids(input_ids)
 
@@ -375,7 +397,7 @@ class YocoUForCausalLM(nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.model(input_ids, positions, inputs_embeds)
+        return self.model(input_ids, positions, inputs_embeds, self.lora_manager)
 
     def get_model_state_cls(self) -> type:
         """The V2 runner's hook; V1's is named by the engine config."""
