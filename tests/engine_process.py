@@ -2,8 +2,8 @@
 
     python engine_process.py CHECKPOINT RUNNER < job.json
 
-The job is {"settings": {...}, "batches": [[{"prompt": [...], "sampling": {...}, "adapter": "FOLDER"}]]}, with settings of
-vLLM's `LLM`; sampling and adapter may be left out.
+The job is {"settings": {...}, "batches": [[{"prompt": [...], "sampling": {...}, "adapter": "FOLDER"}]]}, with settings
+of vLLM's `LLM`; sampling and adapter may be left out.
 `RUNNER` is v1, v1-graphs, v2 or v2-triton. With v1-graphs the model is compiled in pieces that replay the addresses of
 their first call, as CUDA graphs do (graph_replay.py). vLLM's V2 runner is CUDA's default and wants Triton, of which the
 CPU build has no backend; here its kernels run in Triton's interpreter, on the CPU and with the same results. With

@@ -1,4 +1,4 @@
-"""A LoRA adapter moves the rows of its own requests and no others, also where layers run on fewer rows than the step has.
+"""A LoRA adapter moves the rows of its own requests and no others, also in layers that run on fewer than all rows.
 
 vLLM keeps one map from rows to adapters for all layers, made before the step for all of its rows. What is here keeps
 that map right for the cross-decoder's rows, and rows without an adapter unmoved on a CPU.

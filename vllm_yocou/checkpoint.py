@@ -70,15 +70,25 @@ def _swiglu_shapes(prefix: str, D: int, width: int) -> dict[str, tuple[int, ...]
     }
 
 
-def verified(weights: Iterable[tuple[str, torch.Tensor]], config: YocoUConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass on the tensors that fit; then raise ValueError if any was missing, unexpected or misshapen."""
+def verified(
+    weights: Iterable[tuple[str, torch.Tensor]], config: YocoUConfig, quantized: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass on the tensors that fit; then raise ValueError if any was missing, unexpected or misshapen.
+
+    A quantized checkpoint stores several tensors for a matrix, under names of its method: any of them will do, and
+    vLLM's layers check the rest.
+    """
     expected = expected_shapes(config)
     missing, unexpected, misshapen = set(expected), [], []
     for name, tensor in weights:
-        missing.discard(name)
+        weight = f"{name.rpartition('.')[0]}.weight"
+        stands_for_weight = quantized and name not in expected and len(expected.get(weight, ())) == 2
+        missing.discard(weight if stands_for_weight else name)
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue  # Some writers store tied embeddings twice; the embedding's copy is the one in use.
-        if name not in expected:
+        if stands_for_weight:
+            yield name, tensor
+        elif name not in expected:
             unexpected.append(name)
         elif tuple(tensor.shape) != expected[name]:
             misshapen.append(f"{name} is {list(tensor.shape)} instead of {list(expected[name])}")

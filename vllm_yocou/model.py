@@ -410,7 +410,5 @@ class YocoUForCausalLM(nn.Module, SupportsLoRA):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        # Quantized checkpoints name and shape their tensors as their method does, and vLLM checks them.
-        if not self.quantized:
-            weights = verified(weights, self.config)
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        fitting = verified(weights, self.config, self.quantized)
+        return AutoWeightsLoader(self).load_weights(fitting, mapper=self.hf_to_vllm_mapper)
