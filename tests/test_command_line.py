@@ -1,9 +1,14 @@
 """What a user can type: figures, or one line and exit code 2."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
+import foreign_sources as sources
 import pytest
 import tiny
+from conftest import TRAINED
 
 from vllm_yocou import command_line
 from vllm_yocou.kv_bytes import KVBytes
@@ -19,6 +24,9 @@ def checkpoint(tmp_path_factory):
     (folder / "other" / "config.json").write_text('{"model_type": "llama"}')
     (folder / "incomplete").mkdir()
     (folder / "incomplete" / "config.json").write_text('{"model_type": "yoco_u", "hidden_size": -1}')
+    (folder / "cut-short").mkdir()
+    sources.save_yoco2024(folder / "cut-short", {}, {})
+    (folder / "cut-short" / "params.json").write_text('{"dim": ')
     return folder
 
 
@@ -57,6 +65,27 @@ def test_info(checkpoint, capsys, monkeypatch):
     assert code == 0 and f"{facts['parameters']:,}" in printed
 
 
+def test_the_installed_command():
+    command = Path(sys.executable).parent / "vllm-yocou"
+    printed = subprocess.run([command, "info", TRAINED, "--json"], capture_output=True, text=True, check=True).stdout
+    assert json.loads(printed)["self_decoder_layers"] == 3
+
+
+def test_convert(tmp_path, capsys, monkeypatch):
+    source, destination = tmp_path / "source", tmp_path / "converted"
+    source.mkdir()
+    sources.save_yoco2024(source, sources.YOCO2024, sources.yoco2024_weights(sources.YOCO2024))
+    code, printed, _ = run(capsys, monkeypatch, "convert", source, destination, "--dry-run")
+    assert code == 0 and not destination.exists()
+    assert "cross_decoder.k_proj.weight -> model.global_kv.k_proj.weight [16, 48] float32" in printed.splitlines()
+    code, printed, progress = run(capsys, monkeypatch, "convert", source, destination, "--dtype", "bfloat16")
+    assert code == 0 and "ready for vllm serve" in printed and "KiB" in progress
+    code, printed, _ = run(capsys, monkeypatch, "info", destination, "--json")
+    assert code == 0 and json.loads(printed)["iterations"] == 1
+    code, _, error = run(capsys, monkeypatch, "convert", source, destination)
+    assert code == 2 and "is there already" in error and len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
@@ -70,6 +99,10 @@ def test_info(checkpoint, capsys, monkeypatch):
         (["kv", "{}", "--tp", "0"], "Invalid value for '--tp'"),
         (["kv", "{}", "--kv-cache-dtype", "int3"], "'int3' is not one of"),
         (["kv"], "Missing argument"),
+        (["convert", "{}/absent", "{}/new"], "holds no weights"),
+        (["convert", "{}/config.json", "{}/new"], "holds no weights"),
+        (["convert", "{}/cut-short", "{}/new"], "params.json is not JSON"),
+        (["convert", "{}", "{}/new", "--dtype", "int8"], "'int8' is not one of"),
         (["kv", "{}", "--nonsense"], "No such option"),
         (["nonsense"], "No such command"),
     ],

@@ -94,15 +94,16 @@ def verified(
             misshapen.append(f"{name} is {list(tensor.shape)} instead of {list(expected[name])}")
         else:
             yield name, tensor
-    problems = [
-        f"{kind}: {_listed(names)}"
-        for kind, names in (("missing", sorted(missing)), ("unexpected", unexpected), ("misshapen", misshapen))
-        if names
-    ]
-    if problems:
+    if problems := deviations(sorted(missing), unexpected, misshapen):
         raise ValueError(
-            f"the checkpoint does not fit its config.json, {'; '.join(problems)}. Correct the config or convert again."
+            f"the checkpoint does not fit its config.json, {problems}. Correct the config or convert again."
         )
+
+
+def deviations(missing: list[str], unexpected: list[str], misshapen: list[str]) -> str:
+    """What differs from a config's tensors, the first of each kind by name; empty where nothing does."""
+    kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+    return "; ".join(f"{kind}: {_listed(names)}" for kind, names in kinds if names)
 
 
 def _listed(names: list[str]) -> str:

@@ -4,10 +4,12 @@ import json
 import re
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vllm_yocou import parameters
@@ -29,6 +31,14 @@ class CacheType(StrEnum):
     @property
     def bytes(self) -> int:
         return {"float32": 4, "fp8": 1}.get(self.value, 2)
+
+
+class WeightType(StrEnum):
+    """Data types of weights."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
 
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="YOCO-U models: what they are and what they need.")
@@ -137,6 +147,37 @@ def info(
         if value is not None:
             table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else value)
     Console().print(table)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the authors' or of a 2024 YOCO checkpoint.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write, which must not be there yet.")],
+    dtype: Annotated[WeightType | None, typer.Option(help="Data type of the weights, by default as they are.")] = None,
+    shard_size: Annotated[int, typer.Option(parser=size, metavar="BYTES", help="Largest file.")] = 5 << 30,
+    context: Annotated[
+        int | None, typer.Option(parser=size, metavar="TOKENS", help="Longest context, if the source does not say.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would become of every tensor.")] = False,
+) -> None:
+    """Write a foreign YOCO checkpoint as a YOCO-U checkpoint for this plugin."""
+    from vllm_yocou import converter  # torch takes seconds to import
+
+    plan = converter.plan(source, destination, dtype and dtype.value, context)
+    if dry_run:
+        for step in plan.steps:
+            stored = f"{list(step.tensor.shape)} {step.dtype}".replace("torch.", "")
+            print(f"{step.source} -> {step.target} {stored}")
+        for name, reason in plan.left_out.items():
+            print(f"{name} -> left out: {reason}")
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(str(destination), total=sum(step.bytes for step in plan.steps))
+        converter.write(plan, shard_size, lambda written: progress.advance(task, written))
+    for name, reason in plan.left_out.items():
+        print(f"left out: {name} ({reason})")
+    print(f"{destination}: {len(plan.steps)} tensors, ready for vllm serve.")
 
 
 def check_ranks(config: YocoUConfig, ranks: int) -> None:
