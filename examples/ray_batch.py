@@ -4,23 +4,25 @@
 
 INPUT is a file or folder whose rows have a unique `id` and a `prompt` (text) or `messages` (a chat). OUTPUT is a folder
 that gets files of rows with `completion` and `error` added. Rows are written exactly once: Ray replaces a replica that
-dies and gives its rows to another, and a run that was interrupted, started again with the same command, goes on with
-the rows that are not in OUTPUT yet (Ray Data's checkpoints, kept in OUTPUT-checkpoint).
+dies and gives its rows to another, a file appears in OUTPUT whole or not at all, and a run that was interrupted and is
+started again with the same command goes on with the rows that OUTPUT lacks.
 
 Run it anywhere in a Ray cluster; by itself it starts Ray on this machine.
 """
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset
-from ray.data.checkpoint import CheckpointConfig
+from ray.data import ActorPoolStrategy, Dataset
 
-READERS = {".jsonl": ray.data.read_json, ".parquet": ray.data.read_parquet}
+READERS = {".jsonl": ray.data.read_json, ".json": ray.data.read_json, ".parquet": ray.data.read_parquet}
 
 
 class Replica:
@@ -28,37 +30,48 @@ class Replica:
 
     def __init__(self, model: str, engine: dict, sampling: dict):
         from vllm import LLM, SamplingParams
+        from vllm.exceptions import VLLMClientError
 
         self.llm = LLM(model, **engine)
         self.sampling = SamplingParams(**sampling)
+        self.refusals = (VLLMClientError, ValueError)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        if "messages" in batch:
-            generate = self.llm.chat
-            inputs = [[dict(message) for message in messages] for messages in batch["messages"]]
-        else:
-            generate, inputs = self.llm.generate, batch["prompt"].tolist()
-        completions, errors = [], []
-        try:
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        answers = self.answers(batch)
+        for column in ("completion", "error"):
+            texts = [answer.get(column) for answer in answers]
+            batch = batch.append_column(column, pa.array(texts, pa.string()))
+        return batch
+
+    def answers(self, batch: pa.Table) -> list[dict[str, str]]:
+        """A completion for each row, or the reason why vLLM refuses its prompt."""
+        chat = "messages" in batch.column_names
+        generate = self.llm.chat if chat else self.llm.generate
+        inputs = batch["messages" if chat else "prompt"].to_pylist()
+
+        def completions(inputs: list) -> list[dict[str, str]]:
             outputs = generate(inputs, self.sampling, use_tqdm=False)
-            completions, errors = [output.outputs[0].text for output in outputs], [None] * len(outputs)
-        except ValueError:  # vLLM refuses a call whole if it refuses one of its prompts
+            return [{"completion": output.outputs[0].text} for output in outputs]
+
+        try:
+            return completions(inputs)
+        except self.refusals:  # vLLM refuses a call whole if it refuses one of its prompts
+            answers = []
             for one in inputs:
-                completion, error = None, None
                 try:
-                    completion = generate([one], self.sampling, use_tqdm=False)[0].outputs[0].text
-                except ValueError as refusal:
-                    error = str(refusal)
-                completions.append(completion)
-                errors.append(error)
-        return batch | {"completion": np.array(completions, object), "error": np.array(errors, object)}
+                    answers += completions([one])
+                except self.refusals as refusal:
+                    answers.append({"error": str(refusal)})
+            return answers
 
 
 def read(source: Path) -> tuple[Dataset, str]:
     """The rows of a file or folder, and their format, after a look at what they must have."""
     formats = {file.suffix for file in (source.iterdir() if source.is_dir() else [source]) if file.suffix in READERS}
     if not source.exists() or len(formats) != 1:
-        sys.exit(f"{source} must be one .jsonl or .parquet file, or a folder of one of the two kinds.")
+        sys.exit(
+            f"{source} must be a file of JSON lines or Parquet (.jsonl, .json, .parquet), or a folder of one kind."
+        )
     (kind,) = formats
     rows = READERS[kind](str(source))
     columns = set(rows.schema().names)
@@ -68,6 +81,37 @@ def read(source: Path) -> tuple[Dataset, str]:
     if total != distinct:
         sys.exit(f"{source} has {total} rows and {distinct} ids: a row is known by its id, make each one's its own.")
     return rows, kind
+
+
+def finished(output: Path, kind: str) -> set:
+    """The ids of the rows that OUTPUT has."""
+    parts = sorted(output.glob(f"*{kind}"))
+    if not parts:
+        return set()
+    kind = kind.removeprefix(".").replace("jsonl", "json")
+    return set(pa.dataset.dataset(parts, format=kind).to_table(columns=["id"])["id"].to_pylist())
+
+
+def write(rows: pa.Table, part: Path) -> None:
+    """Write a file that appears whole or not at all."""
+    unfinished = part.with_name(f".{part.name}.unfinished")
+    if part.suffix == ".parquet":
+        pa.parquet.write_table(rows, unfinished)
+    else:
+        unfinished.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows.to_pylist()))
+    os.replace(unfinished, part)
+
+
+def check_resources(arguments: argparse.Namespace) -> None:
+    """Ray would wait for ever for what the cluster does not have."""
+    cluster = ray.cluster_resources()
+    for kind, each, rest in (("CPU", arguments.cpus, 1), ("GPU", arguments.gpus, 0)):
+        there, wanted = cluster.get(kind, 0), arguments.replicas * each + rest
+        if wanted > there:
+            sys.exit(
+                f"{arguments.replicas} replicas of {each:g} {kind}s{' and one to read' * rest} are {wanted:g}, and "
+                f"the cluster has {there:g}: ask for fewer --replicas or --{kind.lower()}s."
+            )
 
 
 def main() -> None:
@@ -85,14 +129,18 @@ def main() -> None:
     arguments = parser.parse_args()
 
     ray.init(log_to_driver=False)
-    rows, kind = read(arguments.input.absolute())
-    output = arguments.output.absolute()
-    # A checkpoint is only deleted with what it speaks of: started once more, a finished run has nothing to do.
-    DataContext.get_current().checkpoint_config = CheckpointConfig(
-        "id", f"{output}-checkpoint", delete_checkpoint_on_success=False
-    )
-    rows, _ = read(arguments.input.absolute())
-    completed = rows.map_batches(
+    check_resources(arguments)
+    rows, kind = read(arguments.input)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    done, total = finished(arguments.output, kind), rows.count()
+    print(f"{len(done)} of {total} rows are in {arguments.output}.", flush=True)
+
+    def unanswered(batch: pa.Table) -> pa.Table:
+        return batch.filter(pa.array([id not in done for id in batch["id"].to_pylist()], pa.bool_()))
+
+    # A block for each batch: what a replica has finished is written, and stays finished if the run is interrupted.
+    rest = rows.map_batches(unanswered, batch_format="pyarrow").repartition(target_num_rows_per_block=arguments.batch)
+    completed = rest.map_batches(
         Replica,
         fn_constructor_args=(
             arguments.model,
@@ -101,12 +149,16 @@ def main() -> None:
         ),
         compute=ActorPoolStrategy(size=arguments.replicas),
         batch_size=arguments.batch,
+        batch_format="pyarrow",
         num_cpus=arguments.cpus,
         num_gpus=arguments.gpus,
     )
-    write = completed.write_json if kind == ".jsonl" else completed.write_parquet
-    write(str(output))
-    print(f"{output}: done.")
+    number = len(list(arguments.output.glob(f"*{kind}")))
+    for part in completed.iter_batches(batch_size=None, batch_format="pyarrow"):
+        if part.num_rows:
+            write(part, arguments.output / f"part-{number:06}{kind}")
+            number += 1
+    print(f"{len(finished(arguments.output, kind))} of {total} rows are in {arguments.output}.")
 
 
 if __name__ == "__main__":
