@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,15 +63,21 @@ class Server:
     url: str
     model: str
 
+    def metric(self, name: str) -> dict[str, float]:
+        """Value by engine."""
+        with urllib.request.urlopen(f"{self.url}/metrics") as answer:
+            lines = [line for line in answer.read().decode().splitlines() if line.startswith(f"{name}{{")]
+        return {line.split('engine="')[1].split('"')[0]: float(line.split()[-1]) for line in lines}
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """The trained checkpoint behind vLLM's OpenAI server, started as `make serve` does."""
+
+@contextmanager
+def serving(folder: Path, *settings: str):
+    """The trained checkpoint behind vLLM's OpenAI server, started as `make serve` does, with the log in `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    start = [sys.executable, str(ROOT / "examples" / "serve.py"), "--port", str(port)]
+    log = folder / "log"
+    start = [sys.executable, str(ROOT / "examples" / "serve.py"), "--port", str(port), *settings]
     with log.open("w") as out:
         # `timeout` bounds its life, whatever becomes of the tests.
         process = subprocess.Popen(
@@ -87,3 +95,9 @@ def server(tmp_path_factory):
     finally:
         process.terminate()
         process.wait(60)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("server")) as started:
+        yield started

@@ -147,6 +147,37 @@ def test_iterations_and_window_come_from_the_config_alone(tmp_path):
     stop(llm)
 
 
+def test_embeddings_as_input_and_reloaded_weights_are_exact(tmp_path):
+    model = tiny.model(tiny.config(embedding_multiplier=2.5))
+    model.save_pretrained(tmp_path)
+    llm = start(tmp_path, kv_cache_memory_bytes=64 << 20, enable_prompt_embeds=True)
+    oracle, prompts = Oracle(model), [tiny.prompt(length) for length in (1, 50, 333)]
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    for prompt in prompts:
+        # What stands for a token behind its embedding: the multiplier is in it.
+        inputs.append({"prompt_embeds": 2.5 * model.model.embed_tokens.weight.detach()[prompt]})
+    parameters = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=5, detokenize=False)
+    for prompt, output in zip(prompts * 2, llm.generate(inputs, parameters, use_tqdm=False), strict=True):
+        oracle.compare(prompt, output)
+    oracle.check()
+
+    other = tiny.model(tiny.config(embedding_multiplier=2.5), seed=1)
+    other.save_pretrained(tmp_path)
+    llm.collective_rpc("reload_weights")
+    llm.reset_prefix_cache()
+    oracle = Oracle(other)
+    for prompt, output in zip(prompts, generate(llm, prompts), strict=True):
+        oracle.compare(prompt, output)
+    oracle.check()
+    stop(llm)
+
+
+def test_sleep_mode_is_refused_on_a_cpu(tmp_path):
+    tiny.model(tiny.config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
+        start(tmp_path, kv_cache_memory_bytes=64 << 20, enable_sleep_mode=True)
+
+
 def test_a_wrong_checkpoint_is_refused_by_tensor_names(tmp_path):
     tiny.model(tiny.config(qk_norm="self")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="missing: model.cross_decoder.layers.0.cross_attn.q_norm.weight, "):

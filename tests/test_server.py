@@ -2,7 +2,6 @@
 
 import json
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -52,9 +51,7 @@ def complete(client, server, prompt, tokens: int, **settings):
 
 
 def metric(server, name: str) -> float:
-    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
-        lines = answer.read().decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+    return sum(server.metric(name).values())
 
 
 def test_greedy_completion_is_the_references(client, server, tokenizer, reference):
