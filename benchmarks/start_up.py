@@ -1,86 +1,84 @@
-"""How long an engine takes until it is ready: eager, compiling, and with what an earlier start has compiled."""
+"""How long `vllm serve` takes until it answers: eager, compiling, and with what an earlier start has compiled."""
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
+
+from benchmarks.engine import config, print_table  # isort: skip
 
 ITERATIONS = (1, 3, 6)
-ROUNDS = 1
+ROUNDS = 2
 SHAPE = "77M"
+SETTINGS = "--load-format dummy --skip-tokenizer-init --dtype float32 --max-model-len 4096 --max-num-seqs 8"
+SETTINGS += " --kv-cache-memory-bytes 512M --host 127.0.0.1"
+LIMIT_S = 600
 
 
-def start_once(mode: int, checkpoint_iterations: int, iterations: int) -> None:
-    """Print the seconds of `LLM(...)`, and of them those of vLLM's warm-up, in which it compiles."""
-    from benchmarks.engine import config, start  # isort: skip
-    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+def seconds(cache: str, iterations: int, eager: bool = False) -> list[float]:
+    """From the command to ready, and of that vLLM's warm-up, in which it compiles or loads what it has compiled.
 
-    warm_up, warm_up_s = CPUModelRunner.warming_up_model, []
-
-    def timed(self):
-        start_s = time.perf_counter()
-        warm_up(self)
-        warm_up_s.append(time.perf_counter() - start_s)
-
-    CPUModelRunner.warming_up_model = timed
-    settings = dict(max_model_len=4096, max_num_seqs=8, kv_cache_memory_bytes=512 << 20)
-    if iterations != checkpoint_iterations:
-        settings["hf_overrides"] = {"num_iterations": iterations}
-    cfg = config(SHAPE, num_iterations=checkpoint_iterations)
-    start_s = time.perf_counter()
-    # vLLM's compiled code belongs to the checkpoint's path.
-    start(cfg, f"{os.environ['VLLM_CACHE_ROOT']}/checkpoint", compilation_config={"mode": mode}, **settings)
-    print(json.dumps([time.perf_counter() - start_s, sum(warm_up_s)]), flush=True)
-
-
-def seconds(cache: str, mode: int, checkpoint_iterations: int, iterations: int) -> list[float]:
-    """`start_once` in a process of its own, with compiled code kept in the folder `cache`; first, all until ready."""
-    kept = dict(VLLM_CACHE_ROOT=cache, TORCHINDUCTOR_CACHE_DIR=f"{cache}/inductor")
-    arguments = [str(number) for number in (mode, checkpoint_iterations, iterations)]
-    command = [sys.executable, "-m", "benchmarks.start_up", *arguments]
-    start_s = time.perf_counter()
-    with subprocess.Popen(command, env=os.environ | kept, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            ready_s, last = time.perf_counter() - start_s, line
-    assert process.returncode == 0
-    return [ready_s, *json.loads(last)]
+    The folder `cache` keeps a checkpoint and what was compiled for it: vLLM's compiled code belongs to its path.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    vllm = Path(sys.executable).with_name("vllm")
+    command = ["timeout", str(LIMIT_S), str(vllm), "serve", f"{cache}/checkpoint", *SETTINGS.split()]
+    command += ["--port", str(port), "--hf-overrides", json.dumps({"num_iterations": iterations})]
+    command += ["--enforce-eager"] * eager
+    kept = dict(VLLM_CACHE_ROOT=cache, TORCHINDUCTOR_CACHE_DIR=f"{cache}/inductor", VLLM_LOGGING_LEVEL="INFO")
+    # As a user starts it, without the settings of engines in this process.
+    ours = ("OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING")
+    environment = {name: value for name, value in os.environ.items() if name not in ours} | kept
+    seen, start_s = {}, time.perf_counter()
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    for line in process.stdout:
+        for words in ("Warming up model", "Warming up done", "Application startup complete"):
+            if words in line:
+                seen[words] = time.perf_counter() - start_s
+        if "Application startup complete" in seen:
+            break
+    os.killpg(process.pid, signal.SIGTERM)
+    process.stdout.read()
+    process.wait()
+    warm_up_s = seen.get("Warming up done", 0) - seen.get("Warming up model", 0)
+    return [seen["Application startup complete"], warm_up_s]
 
 
 def main() -> None:
-    from benchmarks.engine import print_table
-
-    starts: dict[tuple, list[list[float]]] = {}
-    for _ in range(ROUNDS):
-        with tempfile.TemporaryDirectory() as folder:
+    starts: dict[tuple[str, int], list[list[float]]] = {}
+    first, *others = ITERATIONS
+    with tempfile.TemporaryDirectory() as folder:
+        for t in ITERATIONS:
+            config(SHAPE, num_iterations=t).save_pretrained(f"{folder}/{t}/checkpoint")
+            seconds(f"{folder}/{t}", t, eager=True)  # vLLM keeps what it finds out about a model, however it is run
+            starts["the first compiled one", t] = [seconds(f"{folder}/{t}", t)]
+        for _ in range(ROUNDS):
             for t in ITERATIONS:
-                cache = f"{folder}/{t}"
-                seconds(cache, 0, t, t)  # vLLM keeps there what it finds out about a model, however it is run
-                starts.setdefault(("eager", t), []).append(seconds(cache, 0, t, t))
-                starts.setdefault(("compiles", t), []).append(seconds(cache, 3, t, t))
-                starts.setdefault(("compiled before", t), []).append(seconds(cache, 3, t, t))
-            first, *others = ITERATIONS
-            for t in others:
-                found = seconds(f"{folder}/{first}", 3, first, t)
-                starts.setdefault((f"compiled before with T = {first}, overridden", t), []).append(found)
+                starts.setdefault(("eager", t), []).append(seconds(f"{folder}/{t}", t, eager=True))
+                starts.setdefault(("a second", t), []).append(seconds(f"{folder}/{t}", t))
+                if t != first:
+                    found = seconds(f"{folder}/{first}", t)
+                    starts.setdefault((f"by override, after T = {first}", t), []).append(found)
     best = {key: [min(times) for times in zip(*runs, strict=True)] for key, runs in starts.items()}
     rows = []
-    for (way, t), (ready_s, start_s, warm_up_s) in best.items():
-        eager_s, first_s = best["eager", t][0], best.get((way, ITERATIONS[0]), [0, 0, 0])[2]
-        to_first = f"{warm_up_s / first_s:.2f}x" if first_s else ""
-        times = [f"{ready_s:.1f} s", f"{ready_s / eager_s:.2f}x", f"{start_s:.1f} s", f"{warm_up_s:.1f} s"]
-        rows.append([t, way, *times, to_first])
-    header = ["T", "start", "ready", "this / eager", "`LLM(...)`", "warm-up", f"this / T = {ITERATIONS[0]}"]
-    note = (
-        f"{SHAPE} shape, float32. Ready: from the start of the process, with its imports; the quickest of {ROUNDS} in "
-        "turn."
-    )
-    print_table("Start-up", note, header, rows)
+    for (way, t), (ready_s, warm_up_s) in sorted(best.items(), key=lambda item: (item[0][1], item[0][0] != "eager")):
+        cells = ["", ""]
+        if way != "eager":
+            to_first = best.get((way, first))
+            cells = [f"{warm_up_s:.1f} s", f"{warm_up_s / to_first[1]:.2f}x" if to_first else ""]
+        rows.append([t, way, f"{ready_s:.1f} s", f"{ready_s / best['eager', t][0]:.2f}x", *cells])
+    note = f"{SHAPE} shape, float32, from the command `vllm serve` until it answers; the quickest of {ROUNDS} in turn."
+    print_table("Start-up", note, ["T", "start", "ready", "this / eager", "warm-up", f"this / T = {first}"], rows)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        start_once(*map(int, sys.argv[1:]))
-    else:
-        main()
+    main()

@@ -8,6 +8,7 @@ from test_model import generate, start, stop
 from vllm import SamplingParams
 from vllm.v1.request import Request
 
+from vllm_yocou.kv_bytes import KVBytes
 from vllm_yocou.kv_cache import GlobalCacheSpec, Packing, WindowCacheSpec
 from vllm_yocou.options import Options
 
@@ -171,6 +172,26 @@ def test_a_decoding_request_holds_the_formula_rounded_up_to_blocks(pool):
             assert pool.held(request) == held
     pool.free(request)
     assert pool.available == pool.everything
+
+
+def test_the_calculator_is_within_one_block_a_group(pool):
+    """`vllm-yocou kv` prints the formula; vLLM adds what blocks have in front of a window and behind the last token.
+
+    A window that is no whole number of pages may both begin and end inside one.
+    """
+    window, packing = pool.config.sliding_window, pool.packing
+    cost = KVBytes.yoco_u(pool.config, element_bytes=4)
+    ragged = 1 if window % packing.window_block else 0
+    allowed = packing.groups * (1 + ragged) + 1
+    request, most = pool.request(CONTEXT), 0.0
+    for tokens in range(1, 3 * packing.global_block + window):
+        allocated = pool.grow(request, 1) * packing.block_bytes
+        # Caches or bytes that do not divide leave a share of the window blocks empty, as the log says at the start.
+        used = allocated - packing.waste * (allocated - ceil(tokens / packing.global_block) * packing.block_bytes)
+        most = max(most, (used - cost.of_request(tokens)) / packing.block_bytes)
+        assert allocated >= cost.of_request(tokens)
+    pool.free(request)
+    assert 0.5 * allowed < most <= allowed
 
 
 def test_a_prompt_in_chunks_stays_within_what_vllm_promises(pool):

@@ -144,6 +144,8 @@ def test_iterations_and_window_come_from_the_config_alone(tmp_path):
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     caches = runner.vllm_config.compilation_config.static_forward_context
     assert [cache.sliding_window for cache in caches.values()] == [16] * 4 + [None]
+    groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+    assert sorted(len(group.layer_names) for group in groups) == [1, 4]
     stop(llm)
 
 

@@ -10,8 +10,9 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import CompilationConfig, CUDAGraphMode
+from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
+from vllm.platforms import current_platform
 
 from vllm_yocou.attention import WINDOW_ATTENTION
 
@@ -31,6 +32,15 @@ def prepare_cuda_graphs(compilation_config: CompilationConfig) -> None:
     # vLLM has chosen its splitting_ops by now; where it splits nowhere, nothing is captured in pieces.
     if compilation_config.splitting_ops and WINDOW_ATTENTION not in compilation_config.splitting_ops:
         compilation_config.splitting_ops.append(WINDOW_ATTENTION)
+
+
+def warmed_up_by_one_pass(vllm_config: VllmConfig) -> bool:
+    """Whether a step without requests may run the self-decoder once instead of T times.
+
+    On a CPU such a step only compiles the units, or loads them, and all T passes are the same unit. On a GPU it may be
+    the capture of a graph, and an idle data-parallel rank must take part in every collective operation of the others.
+    """
+    return current_platform.is_cpu() and vllm_config.parallel_config.data_parallel_size == 1
 
 
 @contextmanager

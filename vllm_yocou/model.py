@@ -14,6 +14,7 @@ from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
@@ -29,7 +30,12 @@ from vllm_yocou.adapters import adapters_of, spare_rows_without_adapter
 from vllm_yocou.attention import GlobalAttention, WindowAttention
 from vllm_yocou.backend import smallest_block
 from vllm_yocou.checkpoint import verified
-from vllm_yocou.compilation import compiled_unit, prepare_cuda_graphs, without_piecewise_graphs
+from vllm_yocou.compilation import (
+    compiled_unit,
+    prepare_cuda_graphs,
+    warmed_up_by_one_pass,
+    without_piecewise_graphs,
+)
 from vllm_yocou.config import YocoUConfig
 from vllm_yocou.experts import MixtureOfExperts
 from vllm_yocou.kv_cache import Packing
@@ -282,6 +288,7 @@ class YocoUModel(nn.Module):
             vllm_config=vllm_config, prefix=f"{prefix}.self_decoder", cache_prefix=cache_prefix
         )
         self.iterations = [torch.tensor(t, device="cpu") for t in range(config.num_iterations)]
+        self.warmed_up_by_one_pass = warmed_up_by_one_pass(vllm_config)
         self.global_kv = GlobalKV(vllm_config, f"{prefix}.global_kv", cache_prefix)
         with set_model_tag("cross_decoder"):  # vLLM keeps one folder of compiled code a tag
             self.cross_decoder = CrossDecoder(
@@ -320,7 +327,8 @@ class YocoUModel(nn.Module):
     ) -> torch.Tensor:
         if x_ND is None:
             x_ND = self.embed_input_ids(input_ids_N)
-        for iteration in self.iterations:
+        warms_up = self.warmed_up_by_one_pass and get_forward_context().attn_metadata is None
+        for iteration in self.iterations[:1] if warms_up else self.iterations:
             x_ND = self.self_decoder(positions_N, x_ND, iteration)
         written = self.global_kv(positions_N, x_ND)
         rows_M = self.global_kv.cache.selected_rows()
