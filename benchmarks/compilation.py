@@ -1,6 +1,6 @@
 """Eager, with the loop compiled unrolled, and with one pass compiled once: decode, where its time goes, and prefill."""
 
-from benchmarks.engine import config, decoding, print_table, runner, start  # isort: skip
+from benchmarks.engine import Stopwatch, config, decoding, print_table, runner, start  # isort: skip
 import statistics
 import time
 from contextlib import ExitStack
@@ -77,25 +77,16 @@ class Clock:
     """Time inside the model and its head, so that the rest of a step can be told."""
 
     def __init__(self, llm):
-        self.inside_s = 0.0
-        model = runner(llm).model
-        model.forward, model.compute_logits = self.timed(model.forward), self.timed(model.compute_logits)
-
-    def timed(self, function):
-        def call(*args, **kwargs):
-            start_s = time.perf_counter()
-            result = function(*args, **kwargs)
-            self.inside_s += time.perf_counter() - start_s
-            return result
-
-        return call
+        self.inside, model = Stopwatch(), runner(llm).model
+        model.forward = self.inside.timed(model.forward)
+        model.compute_logits = self.inside.timed(model.compute_logits)
 
     def step_ms(self, llm) -> tuple[float, float]:
         """Milliseconds of a step, and of them around the model."""
-        self.inside_s, start_s = 0.0, time.perf_counter()
+        self.inside.s, start_s = 0.0, time.perf_counter()
         llm.llm_engine.step()
         step_s = time.perf_counter() - start_s
-        return step_s * 1e3, (step_s - self.inside_s) * 1e3
+        return step_s * 1e3, (step_s - self.inside.s) * 1e3
 
 
 def decode(engines: dict) -> None:

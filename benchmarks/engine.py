@@ -4,6 +4,7 @@ import gc
 import os
 import platform
 import tempfile
+import time
 from contextlib import contextmanager
 
 # Before torch and vLLM are imported.
@@ -113,6 +114,22 @@ def block_bytes(llm: LLM) -> int:
     """Bytes of a block of the KV cache pool, as vLLM allocated it."""
     kv_config = core(llm).scheduler.kv_cache_config
     return kv_config.kv_cache_tensors[0].size // kv_config.num_blocks
+
+
+class Stopwatch:
+    """Seconds spent in the functions that it wraps."""
+
+    def __init__(self):
+        self.s = 0.0
+
+    def timed(self, function):
+        def call(*args, **kwargs):
+            start_s = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.s += time.perf_counter() - start_s
+            return result
+
+        return call
 
 
 def runner(llm: LLM):

@@ -4,9 +4,9 @@ import os
 
 # One thread: what is timed is Python, and tensors of a few hundred numbers.
 os.environ["OMP_NUM_THREADS"] = "1"
-from benchmarks.engine import LAYOUTS, config, core, decoding, print_table, runner, start  # isort: skip  # noqa: E402
+from benchmarks.engine import LAYOUTS, Stopwatch, config, core, decoding  # isort: skip  # noqa: E402
+from benchmarks.engine import print_table, runner, start  # isort: skip  # noqa: E402
 import statistics
-import time
 from contextlib import ExitStack
 
 BATCHES = (1, 8, 16, 64)
@@ -22,28 +22,19 @@ class Engine:
         settings = dict(max_model_len=4096, max_num_seqs=max(BATCHES), max_num_batched_tokens=1024)
         self.llm = start(cfg, kv_cache_memory_bytes=2 << 30, additional_config={"yocou": options}, **settings)
         self.core, self.groups = core(self.llm), len(core(self.llm).scheduler.kv_cache_config.kv_cache_groups)
-        self.inside = self.scheduling = self.preparing = 0.0
+        self.inside, self.scheduling, self.preparing = Stopwatch(), Stopwatch(), Stopwatch()
         model, model_runner, scheduler = runner(self.llm).model, runner(self.llm), self.core.scheduler
-        model.forward = self.timed(model.forward, "inside")
-        model.compute_logits = self.timed(model.compute_logits, "inside")
-        model_runner.execute_model = self.timed(model_runner.execute_model, "preparing")
-        scheduler.schedule = self.timed(scheduler.schedule, "scheduling")
-
-    def timed(self, function, into: str):
-        def call(*args, **kwargs):
-            start_s = time.perf_counter()
-            result = function(*args, **kwargs)
-            setattr(self, into, getattr(self, into) + time.perf_counter() - start_s)
-            return result
-
-        return call
+        model.forward = self.inside.timed(model.forward)
+        model.compute_logits = self.inside.timed(model.compute_logits)
+        model_runner.execute_model = self.preparing.timed(model_runner.execute_model)
+        scheduler.schedule = self.scheduling.timed(scheduler.schedule)
 
     def measure(self) -> tuple[float, float]:
         """Milliseconds a step: scheduling, and input preparation in the runner."""
-        self.inside = self.scheduling = self.preparing = 0.0
+        self.inside.s = self.scheduling.s = self.preparing.s = 0.0
         for _ in range(STEPS):
             self.llm.llm_engine.step()
-        return self.scheduling / STEPS * 1e3, (self.preparing - self.inside) / STEPS * 1e3
+        return self.scheduling.s / STEPS * 1e3, (self.preparing.s - self.inside.s) / STEPS * 1e3
 
 
 def main() -> None:

@@ -14,10 +14,13 @@ import argparse
 import json
 import os
 import sys
+import uuid
 from pathlib import Path
+from typing import NoReturn
 
 import pyarrow as pa
 import pyarrow.dataset
+import pyarrow.json
 import pyarrow.parquet
 import ray
 from ray.data import ActorPoolStrategy, Dataset
@@ -29,12 +32,14 @@ class Replica:
     """One engine; Ray Data keeps it for as long as there are rows."""
 
     def __init__(self, model: str, engine: dict, sampling: dict):
+        # The engine in this process, so that neither outlives the other and Ray sees its end.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM, SamplingParams
         from vllm.exceptions import VLLMClientError
 
         self.llm = LLM(model, **engine)
         self.sampling = SamplingParams(**sampling)
-        self.refusals = (VLLMClientError, ValueError)
+        self.refusals = (VLLMClientError, ValueError, TypeError)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         answers = self.answers(batch)
@@ -65,21 +70,38 @@ class Replica:
             return answers
 
 
+def refuse(sentence: str) -> NoReturn:
+    print(f"ray_batch: {' '.join(sentence.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
 def read(source: Path) -> tuple[Dataset, str]:
     """The rows of a file or folder, and their format, after a look at what they must have."""
-    formats = {file.suffix for file in (source.iterdir() if source.is_dir() else [source]) if file.suffix in READERS}
-    if not source.exists() or len(formats) != 1:
-        sys.exit(
-            f"{source} must be a file of JSON lines or Parquet (.jsonl, .json, .parquet), or a folder of one kind."
-        )
+    files = list(source.iterdir()) if source.is_dir() else [source] * source.exists()
+    formats = {file.suffix for file in files if file.suffix in READERS and not file.name.startswith(".")}
+    if len(formats) != 1:
+        refuse(f"{source} must be a file of JSON lines or Parquet (.jsonl, .json, .parquet), or a folder of one kind.")
     (kind,) = formats
-    rows = READERS[kind](str(source))
-    columns = set(rows.schema().names)
-    if "id" not in columns or not columns & {"prompt", "messages"}:
-        sys.exit(f"the rows of {source} have {', '.join(sorted(columns))}: they need id, and prompt or messages.")
-    total, distinct = rows.count(), len(rows.unique("id"))
+    try:
+        rows = READERS[kind](str(source))
+        schema = rows.schema()
+        names = schema.names if schema is not None else []
+        dates = [name for name in names if pa.types.is_timestamp(schema.base_schema.field(name).type)]
+        if dates and kind != ".parquet":  # text that looks like a date is text
+            texts = pa.schema([(name, pa.string()) for name in dates])
+            rows = READERS[kind](str(source), parse_options=pa.json.ParseOptions(explicit_schema=texts))
+        total, distinct = rows.count(), len(rows.unique("id")) if "id" in names else 0
+    except Exception as error:  # whatever Ray and Arrow raise for a file that is cut short or not what its name says
+        refuse(f"{source} cannot be read: {str(error).splitlines()[0]}")
+    if "id" not in names or not {"prompt", "messages"} & set(names):
+        listed = ", ".join(sorted(names)) or "no columns"
+        refuse(f"the rows of {source} have {listed}: they need id, and prompt or messages.")
+    if taken := {"completion", "error"} & set(names):
+        refuse(
+            f"the rows of {source} have {', '.join(sorted(taken))}, which answers are written to: rename or drop it."
+        )
     if total != distinct:
-        sys.exit(f"{source} has {total} rows and {distinct} ids: a row is known by its id, make each one's its own.")
+        refuse(f"{source} has {total} rows and {distinct} ids: a row is known by its id, make each one's its own.")
     return rows, kind
 
 
@@ -102,16 +124,31 @@ def write(rows: pa.Table, part: Path) -> None:
     os.replace(unfinished, part)
 
 
-def check_resources(arguments: argparse.Namespace) -> None:
-    """Ray would wait for ever for what the cluster does not have."""
-    cluster = ray.cluster_resources()
-    for kind, each, rest in (("CPU", arguments.cpus, 1), ("GPU", arguments.gpus, 0)):
-        there, wanted = cluster.get(kind, 0), arguments.replicas * each + rest
-        if wanted > there:
-            sys.exit(
-                f"{arguments.replicas} replicas of {each:g} {kind}s{' and one to read' * rest} are {wanted:g}, and "
-                f"the cluster has {there:g}: ask for fewer --replicas or --{kind.lower()}s."
-            )
+def check_resources(replicas: int, needs: dict[str, float]) -> None:
+    """Ray would wait for ever for what no machine of the cluster has."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    needs = {kind: each for kind, each in needs.items() if each}
+    room = sum(
+        min((int(machine.get(kind, 0) // each) for kind, each in needs.items()), default=0) for machine in machines
+    )
+    wanted = ", ".join(f"{each:g} {kind}s" for kind, each in needs.items())
+    if needs and room < replicas:
+        refuse(f"the cluster has room for {room} replicas of {wanted}, not for {replicas}: ask for less.")
+    cpus = sum(machine.get("CPU", 0) for machine in machines)
+    if cpus - replicas * needs.get("CPU", 0) < 1:
+        refuse(f"{replicas} replicas of {wanted} leave none of the cluster's {cpus:g} CPUs to read: ask for less.")
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def json_object(text: str) -> dict:
+    if not isinstance(found := json.loads(text), dict):
+        raise ValueError
+    return found
 
 
 def main() -> None:
@@ -119,17 +156,20 @@ def main() -> None:
     parser.add_argument("model", help="checkpoint folder, on every machine of the cluster, or a name on the hub")
     parser.add_argument("input", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--replicas", type=positive, default=1)
     parser.add_argument("--gpus", type=float, default=0, help="of each replica; 0 on CPUs")
     parser.add_argument("--cpus", type=float, default=1, help="of each replica, as Ray counts them")
-    parser.add_argument("--batch", type=int, default=256, help="rows a replica gets at a time")
-    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--batch", type=positive, default=256, help="rows a replica gets at a time")
+    parser.add_argument("--max-tokens", type=positive, default=64)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--engine", type=json.loads, default={}, help="arguments of vLLM's LLM, as JSON")
+    parser.add_argument("--engine", type=json_object, default={}, help="arguments of vLLM's LLM, as JSON")
     arguments = parser.parse_args()
 
     ray.init(log_to_driver=False)
-    check_resources(arguments)
+    check_resources(arguments.replicas, {"CPU": arguments.cpus, "GPU": arguments.gpus})
+    source, output = arguments.input.resolve(), arguments.output.resolve()
+    if source == output or source in output.parents:
+        refuse(f"{arguments.output} lies in {arguments.input}, so answers would be read as questions: choose another.")
     rows, kind = read(arguments.input)
     arguments.output.mkdir(parents=True, exist_ok=True)
     done, total = finished(arguments.output, kind), rows.count()
@@ -153,12 +193,14 @@ def main() -> None:
         num_cpus=arguments.cpus,
         num_gpus=arguments.gpus,
     )
-    number = len(list(arguments.output.glob(f"*{kind}")))
-    for part in completed.iter_batches(batch_size=None, batch_format="pyarrow"):
+    run, refused = uuid.uuid4().hex[:8], 0  # no file of another run is overwritten
+    for number, part in enumerate(completed.iter_batches(batch_size=None, batch_format="pyarrow")):
         if part.num_rows:
-            write(part, arguments.output / f"part-{number:06}{kind}")
-            number += 1
+            refused += part.num_rows - part["error"].null_count
+            write(part, arguments.output / f"part-{run}-{number:06}{kind}")
     print(f"{len(finished(arguments.output, kind))} of {total} rows are in {arguments.output}.")
+    if refused:
+        print(f"{refused} of this run have an error instead of a completion: delete those rows to try them again.")
 
 
 if __name__ == "__main__":

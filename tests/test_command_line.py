@@ -24,6 +24,8 @@ def checkpoint(tmp_path_factory):
     (folder / "other" / "config.json").write_text('{"model_type": "llama"}')
     (folder / "incomplete").mkdir()
     (folder / "incomplete" / "config.json").write_text('{"model_type": "yoco_u", "hidden_size": -1}')
+    (folder / "list").mkdir()
+    (folder / "list" / "config.json").write_text("[]")
     (folder / "cut-short").mkdir()
     sources.save_yoco2024(folder / "cut-short", {}, {})
     (folder / "cut-short" / "params.json").write_text('{"dim": ')
@@ -95,7 +97,13 @@ def test_convert(tmp_path, capsys, monkeypatch):
         (["info", "{}/absent"], "absent"),
         (["kv", "{}", "--context", "many"], "'many' is not a positive whole number"),
         (["kv", "{}", "--context", "0"], "'0' is not a positive whole number"),
-        (["kv", "{}", "--tp", "3"], "2 KV heads can be neither split over nor replicated on 3 ranks"),
+        (
+            ["kv", "{}", "--tp", "3"],
+            "num_attention_heads 4 is not divisible by the tensor parallel size 3",
+        ),
+        (["kv", "{}", "--context", "9" * 400], "is more than anything holds"),
+        (["kv", "{}/list"], "AttributeError"),
+        (["info", "{}[/b]"], "[/b]"),
         (["kv", "{}", "--tp", "0"], "Invalid value for '--tp'"),
         (["kv", "{}", "--kv-cache-dtype", "int3"], "'int3' is not one of"),
         (["kv"], "Missing argument"),

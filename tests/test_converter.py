@@ -62,6 +62,22 @@ def test_the_2024_schema(tmp_path):
     assert max(files.values()) < 30_000 + 4_000  # and a header
 
 
+def test_tied_embeddings_of_the_2024_schema(tmp_path):
+    """One tensor under two names, as torch.save keeps it."""
+    weights = sources.yoco2024_weights(sources.YOCO2024)
+    weights["output_projection.weight"] = weights["embed_tokens.weight"]
+    sources.save_yoco2024(tmp_path, sources.YOCO2024, weights)
+    plan = convert(tmp_path, tmp_path / "converted")
+    assert plan.config.tie_word_embeddings and set(plan.left_out) == {"output_projection.weight"}
+    expected = sources.yoco2024_logits(sources.YOCO2024, weights, TOKENS)
+    torch.testing.assert_close(converted_logits(tmp_path / "converted"), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_keys_under_our_names_may_repeat_what_is_known(tmp_path):
+    broken(tmp_path, keys={"hidden_size": 48, "num_iterations": 3})
+    assert converter.plan(tmp_path, tmp_path / "converted").config.hidden_size == 48
+
+
 def test_another_dtype(tmp_path):
     weights = sources.yoco2024_weights(sources.YOCO2024)
     sources.save_yoco2024(tmp_path, sources.YOCO2024, weights)
@@ -76,7 +92,7 @@ def test_every_source_tensor_is_used_or_named(tmp_path):
     config = sources.AUTHORS | dict(weight_tying=True)
     weights = sources.authors_weights(config)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = 5000.0 ** -(torch.arange(8) / 8)
     sources.save_authors(tmp_path, config, weights)
     plan = converter.plan(tmp_path, tmp_path / "converted")
     assert {step.source for step in plan.steps} | set(plan.left_out) == set(weights)
@@ -95,15 +111,20 @@ def broken(folder, keys=(), tensors=(), **changed):
     [
         (dict(keys={"diff_attention": True}), "'diff_attention' is True"),
         (dict(keys={"qk_rms_clip": 4.0}), "'qk_rms_clip' is 4.0"),
-        (dict(keys={"new_trick": 3}), "'new_trick' is 3, and what it changes is not known"),
+        (dict(keys={"new_trick": 3, "other": False}), "'new_trick' (3), 'other' (False), and what that changes"),
+        (dict(keys={"hidden_size": 64}), "'hidden_size' (64), and what that changes"),
+        (dict(keys={"norm_eps": None}), "'norm_eps' is missing"),
+        (dict(keys={"universal_loop": None}), "'universal_loop' is missing"),
         (dict(keys={"model_type": "yoco_u"}), "there is nothing to convert"),
         (dict(keys={"model_type": "llama"}), "of model_type 'llama'"),
         (dict(keys={"yoco_cross_layers": None}), "'yoco_cross_layers' is None"),
         (dict(keys={"yoco_cross_layers": 5}), "num_self_decoder_layers is 0"),
         (dict(keys={"max_seq_len": None}), "give --context"),
+        (dict(keys={"max_seq_len": -1}), "give --context"),
         (dict(keys={"universal_loop": 0}), "num_iterations is 0"),
         (dict(tensors={"model.v_proj.weight": None}), "missing: model.global_kv.v_proj.weight"),
         (dict(tensors={"model.extra.weight": torch.ones(2)}), "unexpected: model.extra.weight"),
+        (dict(tensors={"model.rotary_emb.inv_freq": torch.ones(8)}), "unexpected: model.rotary_emb.inv_freq"),
         (dict(tensors={"model.norm.weight": torch.ones(2)}), "misshapen: model.norm.weight is [2] instead of [48]"),
         (dict(tensors={"model.norm.weight": torch.ones(48, dtype=torch.int8)}), "model.norm.weight is of torch.int8"),
         (
@@ -117,6 +138,14 @@ def test_what_does_not_fit_is_refused_by_name(changes, complaint, tmp_path):
     with pytest.raises(ValueError) as refusal:
         converter.plan(tmp_path, tmp_path / "converted")
     assert complaint in str(refusal.value)
+
+
+def test_a_source_without_a_head_is_refused(tmp_path):
+    weights = sources.yoco2024_weights(sources.YOCO2024)
+    del weights["output_projection.weight"]
+    sources.save_yoco2024(tmp_path, sources.YOCO2024, weights)
+    with pytest.raises(ValueError, match="missing: lm_head.weight"):
+        converter.plan(tmp_path, tmp_path / "converted")
 
 
 def test_gated_retention_is_refused(tmp_path):
@@ -137,8 +166,9 @@ class Bomb:
         (dict(weight=Bomb()), "nothing of it was executed"),
         (dict(weight=[1, 2]), "is not a dictionary of tensors alone"),
         (torch.ones(2), "is not a dictionary of tensors alone"),
+        ({1: torch.ones(2)}, "is not a dictionary of tensors alone"),
     ],
-    ids=["code", "nested", "tensor"],
+    ids=["code", "nested", "tensor", "numbered"],
 )
 def test_pickles_are_not_executed(content, complaint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -214,7 +244,8 @@ thread.start()
 converter.write(plan, shard_bytes, lambda written: None)
 done.set()
 thread.join()
-print(peak - before, max(step.bytes for step in plan.steps), sum(step.bytes for step in plan.steps))
+largest = max(step.bytes for step in plan.steps) * 2  # in the source, which is float32
+print(peak - before, largest, sum(step.bytes for step in plan.steps))
 """
 
 
@@ -233,4 +264,4 @@ def test_memory_stays_below_a_shard_and_two_tensors(kind, tmp_path):
     printed = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
     peak, largest, everything = map(int, printed.split())
     allowed = shard_bytes + 2 * largest
-    assert peak < allowed < everything / 4
+    assert peak < allowed < everything / 3

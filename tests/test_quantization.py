@@ -8,8 +8,12 @@ import tiny
 import torch
 from conftest import needs_compiler
 from quantized import FORMATS
+from safetensors.torch import load_file
 from test_model import generate, start, stop
 from vllm.distributed import cleanup_dist_env_and_memory
+
+from vllm_yocou.checkpoint import verified
+from vllm_yocou.config import YocoUConfig
 
 LONG = [tiny.prompt(length) for length in (36, 37, 90, 333)]
 SHORT = [tiny.prompt(2, seed) for seed in range(16)]
@@ -66,8 +70,22 @@ def test_two_ranks_compiled(tmp_path):
     check(model, reference, batch.outputs, exact=False)
 
 
+@pytest.mark.parametrize(
+    "name, part",
+    [("gptq", "k_proj.scales"), ("gptq", "k_proj.qweight"), ("compressed-tensors-w8a8", "k_proj.weight_scale")],
+)
+def test_a_missing_part_of_a_matrix_is_named(name, part, tmp_path):
+    """Without the check, vLLM would leave the keys' part of a fused matrix as it was allocated."""
+    FORMATS[name].save(tiny.model(tiny.config()), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    gone = f"model.self_decoder.layers.1.self_attn.{part}"
+    del tensors[gone]
+    config = YocoUConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"missing: {gone}[.]"):
+        list(verified(tensors.items(), config, quantized=True))
+
+
 def test_a_missing_matrix_is_named(tmp_path):
-    """Without the check, vLLM would leave the key's third of a fused matrix as it was allocated."""
     FORMATS["gptq"].save(tiny.model(tiny.config()), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))

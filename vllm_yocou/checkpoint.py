@@ -10,6 +10,8 @@ import torch
 
 from vllm_yocou.config import YocoUConfig
 
+# What a quantization method calls the numbers of a matrix themselves.
+NUMBERS = ("weight", "weight_packed", "qweight")
 NAMED = 6  # tensors that an error lists by name before it counts the rest
 
 
@@ -75,18 +77,21 @@ def verified(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Pass on the tensors that fit; then raise ValueError if any was missing, unexpected or misshapen.
 
-    A quantized checkpoint stores several tensors for a matrix, under names of its method: any of them will do, and
-    vLLM's layers check the rest.
+    A quantized checkpoint stores several tensors for a matrix, under names of its method. Every matrix must have those
+    that others of its kind have: vLLM would leave what is missing of them as it was allocated.
     """
     expected = expected_shapes(config)
     missing, unexpected, misshapen = set(expected), [], []
+    stored: dict[str, dict[str, torch.dtype]] = {}
     for name, tensor in weights:
-        weight = f"{name.rpartition('.')[0]}.weight"
-        stands_for_weight = quantized and name not in expected and len(expected.get(weight, ())) == 2
-        missing.discard(weight if stands_for_weight else name)
+        matrix, _, part = name.rpartition(".")
+        belongs = quantized and len(expected.get(f"{matrix}.weight", ())) == 2
+        missing.discard(f"{matrix}.weight" if belongs else name)
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue  # Some writers store tied embeddings twice; the embedding's copy is the one in use.
-        if stands_for_weight:
+        if belongs:
+            stored.setdefault(matrix, {})[part] = tensor.dtype
+        if belongs and part != "weight":
             yield name, tensor
         elif name not in expected:
             unexpected.append(name)
@@ -94,10 +99,28 @@ def verified(
             misshapen.append(f"{name} is {list(tensor.shape)} instead of {list(expected[name])}")
         else:
             yield name, tensor
+    missing.update(_missing_parts(stored))
     if problems := deviations(sorted(missing), unexpected, misshapen):
         raise ValueError(
             f"the checkpoint does not fit its config.json, {problems}. Correct the config or convert again."
         )
+
+
+def _missing_parts(stored: dict[str, dict[str, torch.dtype]]) -> Iterator[str]:
+    """Names of what a quantized matrix lacks and others have whose numbers are of the same dtype."""
+    kinds: dict[torch.dtype | None, set[str]] = {}
+    for parts in stored.values():
+        kinds.setdefault(_dtype_of_numbers(parts), set()).update(parts)
+    for matrix, parts in stored.items():
+        dtype = _dtype_of_numbers(parts)
+        alike = (
+            kinds[dtype] if dtype is not None else set().union(*(kind for kind in kinds.values() if kind > set(parts)))
+        )
+        yield from (f"{matrix}.{part}" for part in set().union(*alike) - set(parts))
+
+
+def _dtype_of_numbers(parts: dict[str, torch.dtype]) -> torch.dtype | None:
+    return next((parts[part] for part in NUMBERS if part in parts), None)
 
 
 def deviations(missing: list[str], unexpected: list[str], misshapen: list[str]) -> str:

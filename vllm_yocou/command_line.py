@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -51,6 +52,8 @@ def size(text: str | int) -> int:
     found = re.fullmatch(r"(\d+)([kmg]?)(?:i?b)?", str(text).strip().lower())
     if found is None or int(found[1]) == 0:
         raise typer.BadParameter(f"'{text}' is not a positive whole number with k, m or g behind it.")
+    if len(found[1]) > 15:
+        raise typer.BadParameter(f"'{found[1][:15]}...' is more than anything holds.")
     return int(found[1]) * UNITS[found[2]]
 
 
@@ -60,7 +63,12 @@ def read_config(model: str) -> YocoUConfig:
         raise ValueError(
             f"{model} is of model_type '{found.get('model_type')}': give a checkpoint of '{YocoUConfig.model_type}'."
         )
-    return YocoUConfig.from_pretrained(model)
+    config = YocoUConfig.from_pretrained(model)
+    if config.shared_expert_intermediate_size is not None and config.shared_expert_gate is None:
+        from vllm_yocou.feed_forward import has_shared_expert_gate  # torch takes seconds to import
+
+        config.shared_expert_gate = has_shared_expert_gate(model)
+    return config
 
 
 @app.command()
@@ -77,7 +85,7 @@ def kv(
 ) -> None:
     """KV-cache bytes of this model, of plain YOCO and of a Transformer of the same shape."""
     config = read_config(model)
-    check_ranks(config, tp)
+    config.check_ranks(tp)
     width = kv_cache_dtype.bytes
     ways = {
         f"YOCO-U, T = {config.num_iterations}": KVBytes.yoco_u(config, width, tp),
@@ -142,7 +150,7 @@ def info(
     if as_json:
         print(json.dumps(facts, indent=2))
         return
-    table = Table(show_header=False, title=str(model))
+    table = Table(show_header=False, title=escape(model))
     for name, value in facts.items():
         if value is not None:
             table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else value)
@@ -173,19 +181,11 @@ def convert(
         return
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(str(destination), total=sum(step.bytes for step in plan.steps))
+        task = progress.add_task(escape(str(destination)), total=sum(step.bytes for step in plan.steps))
         converter.write(plan, shard_size, lambda written: progress.advance(task, written))
     for name, reason in plan.left_out.items():
         print(f"left out: {name} ({reason})")
     print(f"{destination}: {len(plan.steps)} tensors, ready for vllm serve.")
-
-
-def check_ranks(config: YocoUConfig, ranks: int) -> None:
-    for heads in (config.num_key_value_heads, config.cross_num_key_value_heads):
-        if heads % ranks and ranks % heads:
-            raise ValueError(
-                f"{heads} KV heads can be neither split over nor replicated on {ranks} ranks: change --tp."
-            )
 
 
 def main() -> None:
@@ -197,5 +197,8 @@ def main() -> None:
         complaint = error.format_message()
     except (ValueError, OSError) as error:
         complaint = str(error)
-    print(f"vllm-yocou: {' '.join(complaint.split())}", file=sys.stderr)
+    except Exception as error:  # what transformers and torch raise for files that nobody foresaw
+        complaint = f"{type(error).__name__}: {error}"
+    if complaint:
+        print(f"vllm-yocou: {' '.join(complaint.split())}", file=sys.stderr)
     sys.exit(2)

@@ -216,6 +216,22 @@ class YocoUConfig(PreTrainedConfig):
         self._check_rope()
         self._check_moe()
 
+    def check_ranks(self, ranks: int) -> None:
+        """Raise ValueError unless tensor parallel ranks can split all heads, or of KV heads each hold a copy of one."""
+        for key in ("num_attention_heads", "cross_num_attention_heads"):
+            if getattr(self, key) % ranks:
+                raise ValueError(
+                    f"{key} {getattr(self, key)} is not divisible by the tensor parallel size {ranks}: "
+                    "choose a size that divides it."
+                )
+        for key in ("num_key_value_heads", "cross_num_key_value_heads"):
+            heads = getattr(self, key)
+            if heads % ranks and ranks % heads:
+                raise ValueError(
+                    f"{key} {heads} can be neither split over nor replicated on {ranks} tensor parallel ranks: "
+                    "choose a size that divides it or is a multiple of it."
+                )
+
     def _check_positive_integers(self, keys: tuple[str, ...]) -> None:
         for key in keys:
             value = getattr(self, key)

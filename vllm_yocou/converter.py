@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from vllm_yocou.checkpoint import deviations, expected_shapes
 from vllm_yocou.config import YocoUConfig
 from vllm_yocou.foreign import Foreign, recognise
+from vllm_yocou.rope import inverse_frequencies
 
 PICKLES = (".bin", ".pt", ".pth")
 # What else a model's folder may hold that stays true after conversion.
@@ -82,7 +83,7 @@ def plan(source: Path, destination: Path, dtype: str | None = None, context: int
     if destination.exists():
         raise ValueError(f"{destination} is there already: give a folder that is not.")
     tensors = read_tensors(source)
-    foreign = recognise(source, set(tensors), context)
+    foreign = recognise(source, set(tensors), _tied(tensors), context)
     renamed, left_out = _renamed(tensors, foreign)
     # The format says by the weights alone whether a shared expert is gated.
     expected = expected_shapes(foreign.config)
@@ -105,7 +106,7 @@ def _renamed(
     for name, tensor in tensors.items():
         target = foreign.rename(name)
         missing.discard(target)
-        if name.endswith("rotary_emb.inv_freq"):
+        if name.endswith("rotary_emb.inv_freq") and _is_the_configs(tensor, foreign.config):
             left_out[name] = "follows from the config"
         elif target == "lm_head.weight" and foreign.config.tie_word_embeddings:
             left_out[name] = "a second copy of the tied embeddings"
@@ -120,6 +121,17 @@ def _renamed(
     if problems := deviations(sorted(missing), unexpected, misshapen):
         raise ValueError(f"the source does not fit its config, {problems}. Correct the config or the source.")
     return renamed, left_out
+
+
+def _tied(tensors: dict[str, SourceTensor]) -> bool:
+    """Whether a state dict of the 2024 code has one tensor for the embeddings and the head, under both names."""
+    both = [tensors.get(name) for name in ("embed_tokens.weight", "output_projection.weight")]
+    return None not in both and both[0].read().data_ptr() == both[1].read().data_ptr()
+
+
+def _is_the_configs(frequencies: SourceTensor, config: YocoUConfig) -> bool:
+    own = inverse_frequencies(config.head_dim, config.rope_parameters, torch.float32)
+    return frequencies.shape == tuple(own.shape) and torch.allclose(frequencies.read().float(), own, rtol=1e-2)
 
 
 def read_tensors(folder: Path) -> dict[str, SourceTensor]:
@@ -161,9 +173,10 @@ def _pickled(path: Path) -> Iterator[tuple[str, SourceTensor]]:
             f"{path} is not a whole file of torch.save ({str(error).splitlines()[0]}): save it again with torch 1.6 or "
             "later."
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+    tensors = state.items() if isinstance(state, dict) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors):
         raise ValueError(f"{path} is not a dictionary of tensors alone: save the bare state dict.")
-    for name, tensor in state.items():
+    for name, tensor in tensors:
         yield name, SourceTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
 
 
@@ -176,7 +189,8 @@ def write(plan: Plan, shard_bytes: int, written: Callable[[int], None]) -> None:
         _write_weights(plan.steps, unfinished, shard_bytes, written)
         for pattern in COMPANIONS:
             for file in plan.source.glob(pattern):
-                shutil.copy(file, unfinished)
+                if file.is_file():
+                    shutil.copy(file, unfinished)
         plan.config.architectures = ["YocoUForCausalLM"]
         plan.config.save_pretrained(unfinished)
         unfinished.rename(plan.destination)
@@ -196,7 +210,8 @@ def _write_weights(steps: list[Step], folder: Path, shard_bytes: int, written: C
         shard = {}
         for target in targets:
             step = by_target[target]
-            shard[target] = step.tensor.read().to(step.dtype).contiguous()
+            # A copy, even where nothing changes: tensors of one storage cannot be saved.
+            shard[target] = step.tensor.read().to(step.dtype, copy=True).contiguous()
             written(step.bytes)
         save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:

@@ -68,20 +68,8 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
             )
         # vLLM's list of expert layers, in the order of their calls, is made for one call a layer and step.
         vllm_config.compilation_config.fast_moe_cold_start = False
-        if parallel.enable_expert_parallel and current_platform.is_cpu():
-            raise ValueError(
-                "--enable-expert-parallel cannot be used on a CPU: vLLM's CPU kernels do not pass over tokens of other "
-                "ranks' experts, leave the flag out."
-            )
-        if (
-            vllm_config.lora_config is not None
-            and vllm_config.model_config.hf_config.is_moe
-            and current_platform.is_cpu()
-        ):
-            raise ValueError(
-                "--enable-lora cannot be used with a mixture of experts on a CPU: vLLM computes experts with adapters "
-                "in Triton, merge the adapter into the weights."
-            )
+        if vllm_config.model_config.hf_config.is_moe and current_platform.is_cpu():
+            _check_experts_on_cpu(vllm_config)
         _check_compilation(vllm_config)
         _choose_chunk(vllm_config)
         row_metrics.expose(vllm_config)
@@ -97,31 +85,47 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
 
 
 def _check_shards(config: "YocoUConfig", parallel: "ParallelConfig") -> None:
-    """Ranks split query heads and feed-forward; they split KV heads too, or replicate them where ranks are more.
+    """Ranks split heads and feed-forward.
 
-    Experts are split over ranks whole where expert parallelism is on, otherwise each one's width.
+    Experts are split over ranks whole where expert parallelism is on, otherwise each one's width, over data-parallel
+    ranks too.
     """
     ranks = parallel.tensor_parallel_size
-    split = ["num_attention_heads", "cross_num_attention_heads"]
-    if not config.is_moe:
-        split.append("intermediate_size")
-    elif not parallel.enable_expert_parallel:
-        split.append("moe_intermediate_size")
+    config.check_ranks(ranks)
+    split = {"intermediate_size": ranks}
+    if config.is_moe:
+        split = (
+            {} if parallel.enable_expert_parallel else {"moe_intermediate_size": ranks * parallel.data_parallel_size}
+        )
     if config.shared_expert_intermediate_size is not None:
-        split.append("shared_expert_intermediate_size")
-    for key in split:
-        if getattr(config, key) % ranks:
+        split["shared_expert_intermediate_size"] = ranks
+    for key, parts in split.items():
+        if getattr(config, key) % parts:
             raise ValueError(
-                f"{key} {getattr(config, key)} is not divisible by the tensor parallel size {ranks}: "
-                "choose a size that divides it."
+                f"{key} {getattr(config, key)} is not divisible by the tensor parallel size {ranks}"
+                f"{f' times the data parallel size {parts // ranks}' if parts > ranks else ''}: choose a size that "
+                "divides it."
             )
-    for key in ("num_key_value_heads", "cross_num_key_value_heads"):
-        heads = getattr(config, key)
-        if heads % ranks and ranks % heads:
-            raise ValueError(
-                f"{key} {heads} can be neither split over nor replicated on {ranks} tensor parallel ranks: "
-                "choose a size that divides it or is a multiple of it."
-            )
+
+
+def _check_experts_on_cpu(vllm_config: "VllmConfig") -> None:
+    """What vLLM 0.32 does with a mixture of experts on GPUs alone."""
+    parallel = vllm_config.parallel_config
+    if parallel.enable_expert_parallel:
+        raise ValueError(
+            "--enable-expert-parallel cannot be used on a CPU: vLLM's CPU kernels do not pass over tokens of other "
+            "ranks' experts, leave the flag out."
+        )
+    if parallel.data_parallel_size > 1:
+        raise ValueError(
+            "--data-parallel-size cannot be used with a mixture of experts on a CPU: vLLM's ranks share the experts "
+            "and cannot exchange tokens there, start one server for each engine."
+        )
+    if vllm_config.lora_config is not None:
+        raise ValueError(
+            "--enable-lora cannot be used with a mixture of experts on a CPU: vLLM computes experts with adapters in "
+            "Triton, merge the adapter into the weights."
+        )
 
 
 def _check_compilation(vllm_config: "VllmConfig") -> None:

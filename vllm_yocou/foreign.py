@@ -1,7 +1,7 @@
 """The two other YOCO schemas, in terms of this one: what their keys and tensors are called here.
 
-A key or tensor that this architecture has no place for is refused by name: nothing of a source is ignored unless its
-name says that it is metadata.
+A key or tensor that this architecture has no place for is refused by name, and so is the lack of a key that changes
+what is computed: nothing of a source is ignored or guessed unless its name says that it is metadata.
 """
 
 import json
@@ -94,18 +94,20 @@ class Foreign:
     rename: Callable[[str], str | None]
 
 
-def recognise(folder: Path, tensors: set[str], context: int | None) -> Foreign:
+def recognise(folder: Path, tensors: set[str], tied: bool, context: int | None) -> Foreign:
     """What the checkpoint in `folder` with these tensors is.
 
-    `context` is the longest context in tokens, for sources that do not say.
+    Args:
+        tied: whether the head and the embeddings are one tensor.
+        context: longest context in tokens, for sources that do not say.
 
     Raises:
         ValueError: it is of neither schema, or computes something that this architecture does not.
     """
-    for file, read in (("params.json", yoco2024), ("config.json", authors)):
-        path = folder / file
-        if path.exists():
-            return read(_json_object(path), tensors, context)
+    if (params := folder / "params.json").exists():
+        return yoco2024(_json_object(params), tied, context)
+    if (config := folder / "config.json").exists():
+        return authors(_json_object(config), tensors, context)
     raise ValueError(f"{folder} has neither params.json nor config.json: give the folder of a checkpoint.")
 
 
@@ -122,8 +124,7 @@ def authors(keys: dict, tensors: set[str], context: int | None) -> Foreign:
         )
     moe = bool(keys.get("moe"))
     names = AUTHORS_KEYS | (AUTHORS_MOE_KEYS if moe else {})
-    _refuse_unknown(keys, {*AUTHORS_KEYS, *AUTHORS_MOE_KEYS, *AUTHORS_OTHER_KEYS})
-    ours = _translated(keys, names, context)
+    ours = _translated(keys, names, context, required=("universal_loop", "norm_eps", "rope_theta"))
     if not ours.get("shared_expert_intermediate_size"):
         ours.pop("shared_expert_intermediate_size", None)
     if moe:
@@ -137,6 +138,7 @@ def authors(keys: dict, tensors: set[str], context: int | None) -> Foreign:
         sliding_window=_number(keys, "yoco_window_size") + 1,
         shared_expert_gate=any(name.endswith("shared_expert_gate.weight") for name in tensors),
     )
+    _refuse_unknown(keys, {*AUTHORS_KEYS, *AUTHORS_MOE_KEYS, *AUTHORS_OTHER_KEYS}, config)
 
     def rename(name: str) -> str | None:
         if layer := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name):
@@ -151,15 +153,14 @@ def authors(keys: dict, tensors: set[str], context: int | None) -> Foreign:
     return Foreign(config, rename)
 
 
-def yoco2024(keys: dict, tensors: set[str], context: int | None) -> Foreign:
+def yoco2024(keys: dict, tied: bool, context: int | None) -> Foreign:
     """The 2024 YOCO code (arXiv 2405.05254): one iteration, interleaved RoPE of its own in both decoders."""
     if not keys.get("sliding_window"):
         raise ValueError(
             "params.json has no sliding_window: its self-decoder is gated retention, which this architecture does not "
             "have, convert a checkpoint with sliding-window layers."
         )
-    _refuse_unknown(keys, {*YOCO2024_KEYS, "rope_theta", *YOCO2024_METADATA})
-    ours = _translated(keys, YOCO2024_KEYS, context)
+    ours = _translated(keys, YOCO2024_KEYS, context, required=("norm_eps", "rope_theta"))
     hidden, heads, cross_heads = (_number(keys, key) for key in ("dim", "n_self_heads", "n_attn_heads"))
     for key, count in (("n_self_heads", heads), ("n_attn_heads", cross_heads)):
         if hidden % count:
@@ -173,9 +174,10 @@ def yoco2024(keys: dict, tensors: set[str], context: int | None) -> Foreign:
         embedding_multiplier=hidden**0.5,
         rope_interleaved=True,
         cross_decoder_rope=True,
-        rope_parameters={"rope_type": "yoco2024", "rope_theta": keys.get("rope_theta", 10000.0)},
-        tie_word_embeddings="output_projection.weight" not in tensors,
+        rope_parameters={"rope_type": "yoco2024", "rope_theta": keys["rope_theta"]},
+        tie_word_embeddings=tied,
     )
+    _refuse_unknown(keys, {*YOCO2024_KEYS, "rope_theta", *YOCO2024_METADATA}, config)
 
     def rename(name: str) -> str | None:
         module, _, kind = name.rpartition(".")
@@ -208,29 +210,36 @@ def _json_object(path: Path) -> dict:
     return keys
 
 
-def _translated(keys: dict, names: dict[str, str], context: int | None) -> dict:
+def _translated(keys: dict, names: dict[str, str], context: int | None, required: tuple[str, ...]) -> dict:
     """Keys of ours for those of `keys` that have a value."""
+    for key in required:
+        if keys.get(key) is None:
+            raise ValueError(f"the source's '{key}' is missing, and a guess could change what is computed: add it.")
     ours = {names.get(key, key): value for key, value in keys.items() if key in names or key in KEPT}
     ours = {key: value for key, value in ours.items() if value is not None}
-    if "max_position_embeddings" not in ours:
-        if context is None:
-            raise ValueError("the source does not say how long its context is (max_seq_len): give --context.")
-        ours["max_position_embeddings"] = context
-    return ours
+    length = context or ours.get("max_position_embeddings")
+    if length is None or length == -1:
+        raise ValueError("the source does not say how long its context is (max_seq_len): give --context.")
+    return ours | {"max_position_embeddings": length}
 
 
-def _refuse_unknown(keys: dict, known: set[str]) -> None:
-    for key, value in keys.items():
-        if key in FOREIGN_SWITCHES and value:
-            raise ValueError(
-                f"the source's '{key}' is {value!r}: YOCO-U as served here computes nothing of that kind, "
-                "convert a checkpoint trained without it."
-            )
-        if key not in known | METADATA | KEPT | set(FOREIGN_SWITCHES) and value:
-            raise ValueError(
-                f"the source's '{key}' is {value!r}, and what it changes is not known here: "
-                "remove the key if it does not change what is computed."
-            )
+def _refuse_unknown(keys: dict, known: set[str], config: YocoUConfig) -> None:
+    """Keys without a place here, unless they say under a name of ours what the converted config says."""
+    switches = [key for key in FOREIGN_SWITCHES if keys.get(key)]
+    if switches:
+        raise ValueError(
+            f"the source's '{switches[0]}' is {keys[switches[0]]!r}: YOCO-U as served here computes nothing of that "
+            "kind, convert a checkpoint trained without it."
+        )
+    known = known | METADATA | KEPT | set(FOREIGN_SWITCHES)
+    unknown = [key for key, value in keys.items() if key not in known and value is not None]
+    unknown = [key for key in unknown if getattr(config, key, None) != keys[key]]
+    if unknown:
+        listed = ", ".join(f"'{key}' ({keys[key]!r})" for key in unknown)
+        raise ValueError(
+            f"the source has {listed}, and what that changes is not known here: remove what does not change the "
+            "computation."
+        )
 
 
 def _number(keys: dict, key: str) -> int:
