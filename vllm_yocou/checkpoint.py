@@ -113,9 +113,8 @@ def _missing_parts(stored: dict[str, dict[str, torch.dtype]]) -> Iterator[str]:
         kinds.setdefault(_dtype_of_numbers(parts), set()).update(parts)
     for matrix, parts in stored.items():
         dtype = _dtype_of_numbers(parts)
-        alike = (
-            kinds[dtype] if dtype is not None else set().union(*(kind for kind in kinds.values() if kind > set(parts)))
-        )
+        # Without its numbers a matrix is of a kind that has all the rest.
+        alike = [kinds[dtype]] if dtype is not None else [kind for kind in kinds.values() if kind > set(parts)]
         yield from (f"{matrix}.{part}" for part in set().union(*alike) - set(parts))
 
 
