@@ -17,6 +17,7 @@ serve: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
 
 # ./packaging/cpu gives vLLM's CPU build the name that vLLM and lm-eval look for. The three packages that are removed
 # come as CUDA builds beside a CPU torch, which breaks `import vllm`; no text model needs them.

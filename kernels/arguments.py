@@ -1,0 +1,51 @@
+"""What the kernels take, and the assertions that say so when they are given something else."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_yocou.kernels.vectors import HALVES, INTERLEAVED
+
+ROWS = (torch.float32, torch.float16, torch.bfloat16)
+CACHES = (*ROWS, torch.float8_e4m3fn)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """RoPE by a table.
+
+    Attributes:
+        cos_sin_PD: (P, d) contiguous, for each position d/2 cosines, then d/2 sines.
+        interleaved: turn even against odd numbers instead of the first half against the second.
+    """
+
+    cos_sin_PD: torch.Tensor
+    interleaved: bool = False
+
+    @property
+    def kind(self) -> int:
+        return INTERLEAVED if self.interleaved else HALVES
+
+    def turned(self, x_NKd: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        """The oracle's rotation, in torch."""
+        cos, sin = (part.to(x_NKd.dtype)[:, None] for part in self.cos_sin_PD[positions_N].chunk(2, dim=-1))
+        first, second = (x_NKd[..., ::2], x_NKd[..., 1::2]) if self.interleaved else x_NKd.chunk(2, dim=-1)
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        return torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
+
+
+def check_rows(one: str, x_NKd: torch.Tensor, other: str, y_NKd: torch.Tensor) -> tuple[int, int, int]:
+    """Two tensors of the same rows and heads; returns (N, K, d)."""
+    assert x_NKd.dim() == 3 and x_NKd.shape == y_NKd.shape, f"{one} and {other} are both (rows, heads, head size)"
+    assert x_NKd.dtype == y_NKd.dtype and x_NKd.dtype in ROWS, f"{one} and {other} are of one dtype of {ROWS}"
+    assert x_NKd.stride(2) == y_NKd.stride(2) == 1, f"the numbers of a head lie side by side in {one} and {other}"
+    return tuple(x_NKd.shape)
+
+
+def check_cache(k_cache_BSKd: torch.Tensor, v_cache_BSKd: torch.Tensor, heads: int, d: int) -> int:
+    """A paged cache for these heads; returns S."""
+    assert k_cache_BSKd.dim() == 4 and k_cache_BSKd.shape == v_cache_BSKd.shape, "both caches are (B, S, K, d)"
+    assert k_cache_BSKd.shape[2:] == (heads, d), f"the caches have {heads} heads of {d}, as the rows"
+    assert k_cache_BSKd.dtype == v_cache_BSKd.dtype and k_cache_BSKd.dtype in CACHES, f"caches are of one of {CACHES}"
+    assert k_cache_BSKd.stride(3) == v_cache_BSKd.stride(3) == 1, "the numbers of a head lie side by side in the caches"
+    return k_cache_BSKd.shape[1]

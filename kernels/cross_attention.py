@@ -1,0 +1,195 @@
+"""Few query rows against a long paged cache: split over the sequence, reduced in a fixed order.
+
+Shapes: M rows of R requests, H query and K KV heads (G = H / K to a KV head), d head size, B blocks of S slots, X
+splits.
+The keys of a block of the sequence are read once for all G query heads of a KV head. How a row's keys are split depends
+on its context and on X alone, so the same row has the same bits in every batch, and the host reads nothing.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_yocou.kernels.arguments import ROWS, check_cache
+
+TILE = 64  # keys at a time
+SPLIT = 512  # keys to a split, at least, of the longest context
+
+
+def naive(
+    q_MHd: torch.Tensor,
+    k_cache_BSKd: torch.Tensor,
+    v_cache_BSKd: torch.Tensor,
+    block_table_RX: torch.Tensor,
+    request_M: torch.Tensor,
+    context_M: torch.Tensor,
+    scale: float,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> torch.Tensor:
+    """The oracle: as `cross_attention`, row by row, in the dtype of `q_MHd`."""
+    S, K = k_cache_BSKd.shape[1:3]
+    out_MHd = torch.zeros_like(q_MHd)
+    for m, (request, context) in enumerate(zip(request_M.tolist(), context_M.tolist(), strict=True)):
+        if context == 0:
+            continue
+        blocks = block_table_RX[request, : triton.cdiv(context, S)].long()
+        keys, values = (
+            cache[blocks].flatten(0, 1)[:context].to(q_MHd.dtype) * factor
+            for cache, factor in ((k_cache_BSKd, k_scale), (v_cache_BSKd, v_scale))
+        )
+        q_KGd = q_MHd[m].unflatten(0, (K, -1))
+        weights_KGN = torch.einsum("kgd,nkd->kgn", q_KGd * scale, keys).softmax(-1)
+        out_MHd[m] = torch.einsum("kgn,nkd->kgd", weights_KGN, values).flatten(0, 1)
+    return out_MHd
+
+
+def cross_attention(
+    q_MHd: torch.Tensor,
+    k_cache_BSKd: torch.Tensor,
+    v_cache_BSKd: torch.Tensor,
+    block_table_RX: torch.Tensor,
+    request_M: torch.Tensor,
+    context_M: torch.Tensor,
+    scale: float,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> torch.Tensor:
+    """Attention of every row over the first keys of its request, (M, H, d) of the queries' dtype.
+
+    Args:
+        q_MHd: (M, H, d), float32, float16 or bfloat16; the last dimension contiguous.
+        k_cache_BSKd, v_cache_BSKd: (B, S, K, d), of a floating dtype of their own, which may be float8_e4m3fn.
+        block_table_RX: (R, blocks of the longest context) int32, the blocks of each request.
+        request_M: (M,) int32, whose request each row is.
+        context_M: (M,) int32, how many keys the row sees; 0 gives zeros.
+        scale: of the scores; k_scale, v_scale: what the stored numbers are multiplied by.
+    """
+    assert q_MHd.dim() == 3 and q_MHd.dtype in ROWS, f"q_MHd is (rows, heads, head size) of one of {ROWS}"
+    assert q_MHd.stride(2) == 1, "the numbers of a head lie side by side in q_MHd"
+    M, H, d = q_MHd.shape
+    K = k_cache_BSKd.shape[2]
+    S = check_cache(k_cache_BSKd, v_cache_BSKd, K, d)
+    assert H % K == 0, f"{H} query heads are not shared by {K} KV heads evenly"
+    assert block_table_RX.dtype == torch.int32 and block_table_RX.stride(1) == 1, "block_table_RX is int32, row by row"
+    for name, rows in (("request_M", request_M), ("context_M", context_M)):
+        assert rows.shape == (M,) and rows.dtype == torch.int32, f"{name} is one int32 for each of the M rows"
+    out_MHd = torch.empty((M, H, d), dtype=q_MHd.dtype, device=q_MHd.device)
+    if M == 0:
+        return out_MHd
+    splits = max(1, min(64, block_table_RX.shape[1] * S // SPLIT))
+    G, BLOCK_D = H // K, max(16, triton.next_power_of_2(d))
+    partial_MHXd = torch.empty((M, H, splits, d), dtype=torch.float32, device=q_MHd.device)
+    logsumexp_MHX = torch.empty((M, H, splits), dtype=torch.float32, device=q_MHd.device)
+    _attend_to_a_split[(M, K, splits)](
+        q_MHd,
+        k_cache_BSKd,
+        v_cache_BSKd,
+        block_table_RX,
+        request_M,
+        context_M,
+        partial_MHXd,
+        logsumexp_MHX,
+        scale * k_scale,
+        v_scale,
+        *q_MHd.stride()[:2],
+        *k_cache_BSKd.stride()[:3],
+        *v_cache_BSKd.stride()[:3],
+        block_table_RX.stride(0),
+        S=S,
+        G=G,
+        D=d,
+        BLOCK_G=max(16, triton.next_power_of_2(G)),
+        BLOCK_D=BLOCK_D,
+        TILE=TILE,
+        PRECISION="ieee" if q_MHd.dtype == torch.float32 else "tf32",
+    )
+    _reduce[(M, H)](
+        partial_MHXd, logsumexp_MHX, out_MHd, H, splits, D=d, BLOCK_D=BLOCK_D, BLOCK_X=triton.next_power_of_2(splits)
+    )
+    return out_MHd
+
+
+@triton.jit
+def _attend_to_a_split(
+    q,
+    k_cache,
+    v_cache,
+    block_table,
+    requests,
+    contexts,
+    partial,
+    logsumexp,
+    scale,
+    v_scale,
+    q_row,
+    q_head,
+    k_block,
+    k_slot,
+    k_head,
+    v_block,
+    v_slot,
+    v_head,
+    table_row,
+    S: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    m, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    splits, heads = tl.num_programs(2), tl.num_programs(1) * G
+    context = tl.load(contexts + m)
+    table = block_table + tl.load(requests + m).to(tl.int64) * table_row
+    tiles = (context + TILE - 1) // TILE
+    first = (tiles * split) // splits * TILE
+    last = tl.minimum((tiles * (split + 1)) // splits * TILE, context)
+
+    g, i, t = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, TILE)
+    head = kv_head * G + g
+    query = tl.load(
+        q + m * q_row + head[:, None] * q_head + i[None, :], mask=(g[:, None] < G) & (i[None, :] < D), other=0.0
+    )
+    highest = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_G,), tl.float32)
+    sum_GD = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    for start in range(first, last, TILE):
+        position = start + t
+        valid = position < last
+        # Blocks are counted in 64 bits: a cache may hold more than 2^31 bytes.
+        block = tl.load(table + position // S, mask=valid, other=0).to(tl.int64)
+        inside = valid[:, None] & (i[None, :] < D)
+        there = k_cache + block * k_block + (position % S) * k_slot + kv_head * k_head
+        key = tl.load(there[:, None] + i[None, :], mask=inside, other=0.0).to(query.dtype)
+        there = v_cache + block * v_block + (position % S) * v_slot + kv_head * v_head
+        value = tl.load(there[:, None] + i[None, :], mask=inside, other=0.0).to(query.dtype)
+        score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        score = tl.where(valid[None, :], score, float("-inf"))
+        now = tl.maximum(highest, tl.max(score, 1))
+        weight = tl.exp(score - now[:, None])
+        before = tl.exp(highest - now)
+        total = total * before + tl.sum(weight, 1)
+        sum_GD = sum_GD * before[:, None] + tl.dot(weight.to(query.dtype), value, input_precision=PRECISION)
+        highest = now
+    some = total > 0
+    sum_GD = tl.where(some[:, None], sum_GD / tl.where(some, total, 1.0)[:, None], 0.0) * v_scale
+    at = (m * heads + head) * splits + split
+    tl.store(partial + at[:, None] * D + i[None, :], sum_GD, mask=(g[:, None] < G) & (i[None, :] < D))
+    tl.store(logsumexp + at, tl.where(some, highest + tl.log(tl.where(some, total, 1.0)), float("-inf")), mask=g < G)
+
+
+@triton.jit
+def _reduce(partial, logsumexp, out, heads, splits, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_X: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * heads + tl.program_id(1)
+    x, i = tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_D)
+    mass = tl.load(logsumexp + at * splits + x, mask=x < splits, other=float("-inf"))
+    highest = tl.max(mass, 0)
+    share = tl.where(mass > float("-inf"), tl.exp(mass - tl.where(highest > float("-inf"), highest, 0.0)), 0.0)
+    all_shares = tl.sum(share, 0)
+    parts = tl.load(
+        partial + (at * splits + x[:, None]) * D + i[None, :], mask=(x[:, None] < splits) & (i[None, :] < D), other=0.0
+    )
+    mixed = tl.sum(parts * share[:, None], 0) / tl.where(all_shares > 0, all_shares, 1.0)
+    tl.store(out + at * D + i, mixed.to(out.dtype.element_ty), mask=i < D)

@@ -1,0 +1,42 @@
+"""Paged caches for the kernels' tests: one layer's part of packed blocks, and the blocks of some requests, shuffled."""
+
+import os
+
+import pytest
+import torch
+
+from vllm_yocou.kernels.arguments import Rotation
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HALF_PRECISION = [
+    torch.float16,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter multiplies bfloat16 as integers"),
+    ),
+]
+
+
+def caches(blocks: int, slots: int, heads: int, d: int, dtype: torch.dtype, layers: int = 3) -> torch.Tensor:
+    """(2, B, S, K, d), keys and values of the middle one of `layers` that share each block, filled at random."""
+    packed_BLSKd = torch.randn(blocks, layers, 2, slots, heads, d).to(dtype)
+    return packed_BLSKd[:, layers // 2].transpose(0, 1)
+
+
+def block_table(requests: int, blocks_each: int) -> torch.Tensor:
+    return torch.randperm(requests * blocks_each).view(requests, blocks_each).int()
+
+
+def rotation(d: int, interleaved: bool, positions: int = 4096) -> Rotation:
+    angles_Pd = torch.arange(positions).double()[:, None] * 10000.0 ** -(torch.arange(d // 2) / (d // 2)).double()
+    return Rotation(torch.cat([angles_Pd.cos(), angles_Pd.sin()], 1).float(), interleaved)
+
+
+def doubled(turned: Rotation) -> Rotation:
+    return Rotation(turned.cos_sin_PD.double(), turned.interleaved)
+
+
+def close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Against float64: some roundings of float32, or a rounding of the dtype that was stored and one beside it."""
+    tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float8_e4m3fn: 0.13}[got.dtype]
+    torch.testing.assert_close(got.double(), expected.double(), atol=tolerance, rtol=tolerance)
