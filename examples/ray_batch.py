@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import pyarrow as pa
-import pyarrow.dataset
 import pyarrow.json
 import pyarrow.parquet
 import ray
@@ -108,10 +107,9 @@ def read(source: Path) -> tuple[Dataset, str]:
 def finished(output: Path, kind: str) -> set:
     """The ids of the rows that OUTPUT has."""
     parts = sorted(output.glob(f"*{kind}"))
-    if not parts:
-        return set()
-    kind = kind.removeprefix(".").replace("jsonl", "json")
-    return set(pa.dataset.dataset(parts, format=kind).to_table(columns=["id"])["id"].to_pylist())
+    if kind == ".parquet":
+        return {id for part in parts for id in pa.parquet.read_table(part, columns=["id"])["id"].to_pylist()}
+    return {json.loads(line)["id"] for part in parts for line in part.read_text().splitlines()}
 
 
 def write(rows: pa.Table, part: Path) -> None:
@@ -164,7 +162,17 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--engine", type=json_object, default={}, help="arguments of vLLM's LLM, as JSON")
     arguments = parser.parse_args()
+    try:
+        answer(arguments)
+    except KeyboardInterrupt:
+        refuse("interrupted: the same command goes on with the rest.")
+    except (ray.exceptions.RayError, OSError) as error:
+        reason = str(error).rpartition("Error: ")[2]  # Ray's message is the whole traceback of a replica
+        refuse(f"the run ended, the same command goes on with the rest once this is mended: {reason[:300]}")
 
+
+def answer(arguments: argparse.Namespace) -> None:
+    """Answer the rows that OUTPUT lacks."""
     ray.init(log_to_driver=False)
     check_resources(arguments.replicas, {"CPU": arguments.cpus, "GPU": arguments.gpus})
     source, output = arguments.input.resolve(), arguments.output.resolve()

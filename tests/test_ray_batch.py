@@ -139,6 +139,8 @@ def test_text_that_looks_like_a_date_is_text(ray_batch, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"id": "2024-01-01", "prompt": "2024-01-02"}')
     rows, _ = ray_batch.read(tmp_path / "rows.jsonl")
     assert rows.take_all() == [{"id": "2024-01-01", "prompt": "2024-01-02"}]
+    ray_batch.write(pa.Table.from_pylist(rows.take_all()), tmp_path / "part.jsonl")
+    assert ray_batch.finished(tmp_path, "part.jsonl") == {"2024-01-01"}
 
 
 def test_what_would_wait_for_ever_is_refused(ray_batch, capsys):
