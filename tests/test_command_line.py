@@ -58,6 +58,13 @@ def test_kv(checkpoint, capsys, monkeypatch):
     assert code == 0 and f"{cost.of_request(1024) / 2**20:,.1f} MiB" in printed
 
 
+def test_a_mixtures_config_alone(tmp_path, capsys, monkeypatch):
+    tiny.moe_config().save_pretrained(tmp_path)
+    for command in ("kv", "info"):
+        code, _, error = run(capsys, monkeypatch, command, tmp_path / "config.json")
+        assert (code, error) == (0, "")
+
+
 def test_info(checkpoint, capsys, monkeypatch):
     code, printed, _ = run(capsys, monkeypatch, "info", checkpoint, "--json")
     facts = json.loads(printed)

@@ -64,7 +64,8 @@ def read_config(model: str) -> YocoUConfig:
             f"{model} is of model_type '{found.get('model_type')}': give a checkpoint of '{YocoUConfig.model_type}'."
         )
     config = YocoUConfig.from_pretrained(model)
-    if config.shared_expert_intermediate_size is not None and config.shared_expert_gate is None:
+    weights = not Path(model).is_file()  # a config.json alone does not say whether a shared expert is gated
+    if weights and config.shared_expert_intermediate_size is not None and config.shared_expert_gate is None:
         from vllm_yocou.feed_forward import has_shared_expert_gate  # torch takes seconds to import
 
         config.shared_expert_gate = has_shared_expert_gate(model)
