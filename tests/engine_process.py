@@ -17,6 +17,10 @@ import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+# Settings of `run`: one core for each rank; vLLM would give all cores to the first.
+TWO_RANKS = dict(
+    environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, tensor_parallel_size=2, disable_custom_all_reduce=True
+)
 METRICS = ("yocou_self_decoder_rows", "yocou_cross_decoder_rows", "yocou_skipped_rows", "num_preemptions")
 
 

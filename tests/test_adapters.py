@@ -50,9 +50,7 @@ def merged(checkpoint, tmp_path_factory):
 LENGTHS = (1, 36, 37, 90, 300)
 RUNNERS = {
     "v1": dict(),
-    "two-ranks": dict(
-        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, tensor_parallel_size=2, disable_custom_all_reduce=True
-    ),
+    "two-ranks": engine_process.TWO_RANKS,
     "v2": dict(runner="v2"),
 }
 

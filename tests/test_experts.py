@@ -52,8 +52,6 @@ def test_two_ranks_are_exact(tmp_path):
     (batch,) = engine_process.run(
         tmp_path,
         [[{"prompt": tiny.prompt(length)} for length in LENGTHS]],
-        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
-        tensor_parallel_size=2,
-        disable_custom_all_reduce=True,
+        **engine_process.TWO_RANKS,
     )
     check(model, batch.outputs)

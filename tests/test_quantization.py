@@ -61,10 +61,8 @@ def test_two_ranks_compiled(tmp_path):
     (batch,) = engine_process.run(
         tmp_path,
         [[{"prompt": prompt} for prompt in [*SHORT, *LONG]]],
-        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        **engine_process.TWO_RANKS,
         dtype=quantized.dtype,
-        tensor_parallel_size=2,
-        disable_custom_all_reduce=True,
         compilation_config={"mode": None},
     )
     check(model, reference, batch.outputs, exact=False)

@@ -28,11 +28,8 @@ def test_two_ranks_are_exact(kv_heads, cross_kv_heads, mode, tmp_path):
         tmp_path,
         [requests],
         compilation_config={"mode": mode},
-        # One core for each rank; vLLM would give all cores to the first.
-        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
-        tensor_parallel_size=2,
+        **engine_process.TWO_RANKS,
         max_num_batched_tokens=61,
-        disable_custom_all_reduce=True,
     )
     oracle = Oracle(model)
     for prompt, output in zip(prompts, batch.outputs, strict=True):
