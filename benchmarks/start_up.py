@@ -3,14 +3,12 @@
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 
-from benchmarks.engine import config, print_table  # isort: skip
+from benchmarks.engine import config, print_table
+from benchmarks.server import READY, VLLM, free_port, user_environment
 
 ITERATIONS = (1, 3, 6)
 ROUNDS = 2
@@ -25,32 +23,30 @@ def seconds(cache: str, iterations: int, eager: bool = False) -> list[float]:
 
     The folder `cache` keeps a checkpoint and what was compiled for it: vLLM's compiled code belongs to its path.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    vllm = Path(sys.executable).with_name("vllm")
-    command = ["timeout", str(LIMIT_S), str(vllm), "serve", f"{cache}/checkpoint", *SETTINGS.split()]
-    command += ["--port", str(port), "--hf-overrides", json.dumps({"num_iterations": iterations})]
+    command = ["timeout", str(LIMIT_S), VLLM, "serve", f"{cache}/checkpoint", *SETTINGS.split()]
+    command += ["--port", str(free_port()), "--hf-overrides", json.dumps({"num_iterations": iterations})]
     command += ["--enforce-eager"] * eager
     kept = dict(VLLM_CACHE_ROOT=cache, TORCHINDUCTOR_CACHE_DIR=f"{cache}/inductor", VLLM_LOGGING_LEVEL="INFO")
-    # As a user starts it, without the settings of engines in this process.
-    ours = ("OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING")
-    environment = {name: value for name, value in os.environ.items() if name not in ours} | kept
     seen, start_s = {}, time.perf_counter()
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        env=user_environment() | kept,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     for line in process.stdout:
-        for words in ("Warming up model", "Warming up done", "Application startup complete"):
+        for words in ("Warming up model", "Warming up done", READY):
             if words in line:
                 seen[words] = time.perf_counter() - start_s
-        if "Application startup complete" in seen:
+        if READY in seen:
             break
     os.killpg(process.pid, signal.SIGTERM)
     process.stdout.read()
     process.wait()
     warm_up_s = seen.get("Warming up done", 0) - seen.get("Warming up model", 0)
-    return [seen["Application startup complete"], warm_up_s]
+    return [seen[READY], warm_up_s]
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ class Batch:
 
 def run(checkpoint, batches: list[list[dict]], runner: str = "v1", environment: dict | None = None, **settings):
     """Start the process, return a list of `Batch`."""
-    from conftest import user_environment
+    from benchmarks.server import user_environment
 
     process = subprocess.run(
         [sys.executable, __file__, str(checkpoint), runner],

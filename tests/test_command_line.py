@@ -8,7 +8,7 @@ from pathlib import Path
 import foreign_sources as sources
 import pytest
 import tiny
-from conftest import TRAINED
+from checkout import TRAINED
 
 from vllm_yocou import command_line
 from vllm_yocou.kv_bytes import KVBytes

@@ -4,7 +4,7 @@ import engine_process
 import pytest
 import tiny
 import torch
-from conftest import needs_compiler
+from checkout import needs_compiler
 from oracle import Oracle
 from test_model import generate, start, stop
 from torch._dynamo.utils import counters

@@ -4,7 +4,7 @@ import json
 
 import openai
 import pytest
-from conftest import serving
+from checkout import serving
 from test_server import VERSE, complete, greedy, reference, tokenizer  # noqa: F401 (fixtures)
 
 TOOL = {

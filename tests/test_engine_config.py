@@ -2,7 +2,7 @@
 
 import pytest
 import tiny
-from conftest import needs_compiler
+from checkout import needs_compiler
 from torch._inductor import config as inductor
 from vllm.engine.arg_utils import EngineArgs
 from vllm.usage.usage_lib import UsageContext

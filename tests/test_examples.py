@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TRAINED, user_environment
+from checkout import ROOT, TRAINED
 from transformers import AutoTokenizer
 
+from benchmarks.server import user_environment
 from vllm_yocou.reference import YocoUForCausalLM
 
 LIMIT = 12

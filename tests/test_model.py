@@ -8,7 +8,7 @@ import gc
 import pytest
 import tiny
 import torch
-from conftest import TRAINED
+from checkout import TRAINED
 from oracle import Oracle
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory

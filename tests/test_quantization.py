@@ -6,7 +6,7 @@ import engine_process
 import pytest
 import tiny
 import torch
-from conftest import needs_compiler
+from checkout import needs_compiler
 from quantized import FORMATS
 from safetensors.torch import load_file
 from test_model import generate, start, stop

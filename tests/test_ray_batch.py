@@ -13,9 +13,10 @@ import psutil
 import pyarrow as pa
 import pytest
 import torch
-from conftest import ROOT, TRAINED, user_environment
+from checkout import ROOT, TRAINED
 from transformers import AutoTokenizer
 
+from benchmarks.server import user_environment
 from vllm_yocou.reference import YocoUForCausalLM
 
 EXAMPLE = ROOT / "examples" / "ray_batch.py"

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
-from conftest import TRAINED
+from checkout import TRAINED
 from transformers import AutoTokenizer
 
 from vllm_yocou.reference import YocoUForCausalLM

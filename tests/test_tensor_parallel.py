@@ -3,7 +3,7 @@
 import engine_process
 import pytest
 import tiny
-from conftest import needs_compiler
+from checkout import needs_compiler
 from oracle import Oracle
 
 

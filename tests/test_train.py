@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import torch
-from conftest import ROOT, TRAINED
+from checkout import ROOT, TRAINED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_yocou.reference import YocoUForCausalLM
