@@ -1,4 +1,7 @@
-"""What the kernels take, and the assertions that say so when they are given something else."""
+"""What the kernels take, and the assertions that say so when they are given something else.
+
+Shapes: N rows of a step, R requests of X blocks each, H query and K KV heads, d head size, B blocks of S slots.
+"""
 
 from dataclasses import dataclass
 
@@ -34,12 +37,54 @@ class Rotation:
         return torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Which rows of a step are whose, as vLLM's attention metadata says it: a request's rows are its last tokens.
+
+    Attributes:
+        block_table_RX: (R, X) int32, the block of each S positions of a request; its last dimension contiguous.
+        starts_R1: (R + 1,) int32, where each request's rows begin, and where those of the last end: rows behind it are
+            padding.
+        lengths_R: (R,) int32, the tokens of each request up to the last of its rows.
+    """
+
+    block_table_RX: torch.Tensor
+    starts_R1: torch.Tensor
+    lengths_R: torch.Tensor
+
+    def check(self) -> int:
+        """Returns R."""
+        assert self.block_table_RX.dim() == 2 and self.block_table_RX.stride(1) == 1, "block_table_RX is row by row"
+        R = len(self.block_table_RX)
+        assert self.starts_R1.shape == (R + 1,) and self.lengths_R.shape == (R,), f"starts and lengths of {R} requests"
+        for numbers in (self.block_table_RX, self.starts_R1, self.lengths_R):
+            assert numbers.dtype == torch.int32, "block table, starts and lengths are int32"
+        return R
+
+    def rows(self) -> list[tuple[int, int, int]]:
+        """(row, request, position) of every row that is not padding, for the oracles."""
+        bounds = self.starts_R1.tolist()
+        return [
+            (row, r, length - bounds[r + 1] + row)
+            for r, length in enumerate(self.lengths_R.tolist())
+            for row in range(bounds[r], bounds[r + 1])
+        ]
+
+
 def check_rows(one: str, x_NKd: torch.Tensor, other: str, y_NKd: torch.Tensor) -> tuple[int, int, int]:
     """Two tensors of the same rows and heads; returns (N, K, d)."""
     assert x_NKd.dim() == 3 and x_NKd.shape == y_NKd.shape, f"{one} and {other} are both (rows, heads, head size)"
     assert x_NKd.dtype == y_NKd.dtype and x_NKd.dtype in ROWS, f"{one} and {other} are of one dtype of {ROWS}"
     assert x_NKd.stride(2) == y_NKd.stride(2) == 1, f"the numbers of a head lie side by side in {one} and {other}"
     return tuple(x_NKd.shape)
+
+
+def check_queries(q_NHd: torch.Tensor, kv_heads: int) -> tuple[int, int, int]:
+    """Queries that share `kv_heads` evenly; returns (N, H, d)."""
+    assert q_NHd.dim() == 3 and q_NHd.dtype in ROWS, f"queries are (rows, heads, head size) of one of {ROWS}"
+    assert q_NHd.stride(2) == 1, "the numbers of a head lie side by side in the queries"
+    assert q_NHd.shape[1] % kv_heads == 0, f"{q_NHd.shape[1]} query heads are not shared by {kv_heads} KV heads evenly"
+    return tuple(q_NHd.shape)
 
 
 def check_cache(k_cache_BSKd: torch.Tensor, v_cache_BSKd: torch.Tensor, heads: int, d: int) -> int:

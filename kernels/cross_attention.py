@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_yocou.kernels.arguments import ROWS, check_cache
+from vllm_yocou.kernels.arguments import Batch, check_cache, check_queries
+from vllm_yocou.kernels.requests import request_of_row
 
 TILE = 64  # keys at a time
 SPLIT = 512  # keys to a split, at least, of the longest context
@@ -20,9 +21,7 @@ def naive(
     q_MHd: torch.Tensor,
     k_cache_BSKd: torch.Tensor,
     v_cache_BSKd: torch.Tensor,
-    block_table_RX: torch.Tensor,
-    request_M: torch.Tensor,
-    context_M: torch.Tensor,
+    batch: Batch,
     scale: float,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
@@ -30,12 +29,11 @@ def naive(
     """The oracle: as `cross_attention`, row by row, in the dtype of `q_MHd`."""
     S, K = k_cache_BSKd.shape[1:3]
     out_MHd = torch.zeros_like(q_MHd)
-    for m, (request, context) in enumerate(zip(request_M.tolist(), context_M.tolist(), strict=True)):
-        if context == 0:
-            continue
-        blocks = block_table_RX[request, : triton.cdiv(context, S)].long()
+    for m, request, position in batch.rows():
+        seen = torch.arange(position + 1)
+        block = batch.block_table_RX[request, seen // S].long()
         keys, values = (
-            cache[blocks].flatten(0, 1)[:context].to(q_MHd.dtype) * factor
+            cache[block, seen % S].to(q_MHd.dtype) * factor
             for cache, factor in ((k_cache_BSKd, k_scale), (v_cache_BSKd, v_scale))
         )
         q_KGd = q_MHd[m].unflatten(0, (K, -1))
@@ -48,36 +46,31 @@ def cross_attention(
     q_MHd: torch.Tensor,
     k_cache_BSKd: torch.Tensor,
     v_cache_BSKd: torch.Tensor,
-    block_table_RX: torch.Tensor,
-    request_M: torch.Tensor,
-    context_M: torch.Tensor,
+    batch: Batch,
     scale: float,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    out_MHd: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of every row over the first keys of its request, (M, H, d) of the queries' dtype.
+    """Causal attention of every row over its request's keys, (M, H, d) of the queries' dtype; zeros for padding.
 
     Args:
         q_MHd: (M, H, d), float32, float16 or bfloat16; the last dimension contiguous.
         k_cache_BSKd, v_cache_BSKd: (B, S, K, d), of a floating dtype of their own, which may be float8_e4m3fn.
-        block_table_RX: (R, blocks of the longest context) int32, the blocks of each request.
-        request_M: (M,) int32, whose request each row is.
-        context_M: (M,) int32, how many keys the row sees; 0 gives zeros.
+        batch: whose rows they are; X · S is at least the longest context.
         scale: of the scores; k_scale, v_scale: what the stored numbers are multiplied by.
+        out_MHd: contiguous, where the result goes if it has a place already.
     """
-    assert q_MHd.dim() == 3 and q_MHd.dtype in ROWS, f"q_MHd is (rows, heads, head size) of one of {ROWS}"
-    assert q_MHd.stride(2) == 1, "the numbers of a head lie side by side in q_MHd"
-    M, H, d = q_MHd.shape
     K = k_cache_BSKd.shape[2]
+    M, H, d = check_queries(q_MHd, K)
     S = check_cache(k_cache_BSKd, v_cache_BSKd, K, d)
-    assert H % K == 0, f"{H} query heads are not shared by {K} KV heads evenly"
-    assert block_table_RX.dtype == torch.int32 and block_table_RX.stride(1) == 1, "block_table_RX is int32, row by row"
-    for name, rows in (("request_M", request_M), ("context_M", context_M)):
-        assert rows.shape == (M,) and rows.dtype == torch.int32, f"{name} is one int32 for each of the M rows"
-    out_MHd = torch.empty((M, H, d), dtype=q_MHd.dtype, device=q_MHd.device)
+    R = batch.check()
+    if out_MHd is None:
+        out_MHd = torch.empty((M, H, d), dtype=q_MHd.dtype, device=q_MHd.device)
+    assert out_MHd.shape == q_MHd.shape and out_MHd.is_contiguous(), "out_MHd is contiguous, of the queries' shape"
     if M == 0:
         return out_MHd
-    splits = max(1, min(64, block_table_RX.shape[1] * S // SPLIT))
+    splits = max(1, min(64, batch.block_table_RX.shape[1] * S // SPLIT))
     G, BLOCK_D = H // K, max(16, triton.next_power_of_2(d))
     partial_MHXd = torch.empty((M, H, splits, d), dtype=torch.float32, device=q_MHd.device)
     logsumexp_MHX = torch.empty((M, H, splits), dtype=torch.float32, device=q_MHd.device)
@@ -85,9 +78,10 @@ def cross_attention(
         q_MHd,
         k_cache_BSKd,
         v_cache_BSKd,
-        block_table_RX,
-        request_M,
-        context_M,
+        batch.block_table_RX,
+        batch.starts_R1,
+        batch.lengths_R,
+        R,
         partial_MHXd,
         logsumexp_MHX,
         scale * k_scale,
@@ -95,7 +89,7 @@ def cross_attention(
         *q_MHd.stride()[:2],
         *k_cache_BSKd.stride()[:3],
         *v_cache_BSKd.stride()[:3],
-        block_table_RX.stride(0),
+        batch.block_table_RX.stride(0),
         S=S,
         G=G,
         D=d,
@@ -116,8 +110,9 @@ def _attend_to_a_split(
     k_cache,
     v_cache,
     block_table,
+    starts,
+    lengths,
     requests,
-    contexts,
     partial,
     logsumexp,
     scale,
@@ -141,8 +136,11 @@ def _attend_to_a_split(
 ):
     m, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     splits, heads = tl.num_programs(2), tl.num_programs(1) * G
-    context = tl.load(contexts + m)
-    table = block_table + tl.load(requests + m).to(tl.int64) * table_row
+    request = request_of_row(m, starts, requests)
+    end = tl.load(starts + request + 1)
+    # Padding sees no keys.
+    context = tl.maximum(tl.where(m < end, tl.load(lengths + request) - end + m + 1, 0), 0).to(tl.int32)
+    table = block_table + request.to(tl.int64) * table_row
     tiles = (context + TILE - 1) // TILE
     first = (tiles * split) // splits * TILE
     last = tl.minimum((tiles * (split + 1)) // splits * TILE, context)

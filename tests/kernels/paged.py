@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from vllm_yocou.kernels.arguments import Rotation
+from vllm_yocou.kernels.arguments import Batch, Rotation
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF_PRECISION = [
@@ -23,8 +23,15 @@ def caches(blocks: int, slots: int, heads: int, d: int, dtype: torch.dtype, laye
     return packed_BLSKd[:, layers // 2].transpose(0, 1)
 
 
-def block_table(requests: int, blocks_each: int) -> torch.Tensor:
-    return torch.randperm(requests * blocks_each).view(requests, blocks_each).int()
+def batch(chunks: list[tuple[int, int]], blocks_each: int, slots: int) -> tuple[Batch, torch.Tensor]:
+    """Requests with so many tokens before a step, and in it, over shuffled blocks; and the (N,) slots of their rows."""
+    table_RX = torch.randperm(len(chunks) * blocks_each).view(len(chunks), blocks_each).int()
+    starts_R1 = torch.tensor([0, *(fresh for _, fresh in chunks)]).cumsum(0).int()
+    whole = Batch(table_RX, starts_R1, torch.tensor([before + fresh for before, fresh in chunks]).int())
+    slots_N = [
+        int(table_RX[request, position // slots]) * slots + position % slots for _, request, position in whole.rows()
+    ]
+    return whole, torch.tensor(slots_N)
 
 
 def rotation(d: int, interleaved: bool, positions: int = 4096) -> Rotation:

@@ -1,26 +1,27 @@
 """Rows of several requests against paged keys, at odd lengths and the edges of blocks, tiles and splits."""
 
+from dataclasses import replace
+
 import paged
 import pytest
 import torch
 
+from vllm_yocou.kernels.arguments import Batch
 from vllm_yocou.kernels.cross_attention import SPLIT, TILE, cross_attention, naive
 
 SLOTS = 16
 CONTEXTS = [1, 2, 15, 16, 17, TILE - 1, TILE, TILE + 1, SPLIT - 1, SPLIT + 1, 1999]
 
 
-def compare(heads, kv_heads, d, contexts, dtype=torch.float32, cache_dtype=None, slots=SLOTS, **scales):
+def compare(heads, kv_heads, d, contexts, dtype=torch.float32, cache_dtype=None, slots=SLOTS, padding=0, **scales):
+    """`contexts`: of the requests' only rows, or for each request the tokens before this step, and in it."""
     torch.manual_seed(d)
-    blocks_each = 2048 // slots
-    cache = paged.caches(3 * blocks_each, slots, kv_heads, d, cache_dtype or dtype)
-    table_RX = paged.block_table(3, blocks_each)
-    context_M = torch.tensor(contexts, dtype=torch.int32)
-    request_M = torch.arange(len(contexts), dtype=torch.int32) % 3
-    q_MHd = torch.randn(len(contexts), heads, d).to(dtype)
-    rows = (table_RX, request_M, context_M, d**-0.5)
-    got = cross_attention(q_MHd, *cache, *rows, **scales)
-    paged.close(got, naive(q_MHd.double(), *cache.double(), *rows, **scales))
+    chunks = [context if isinstance(context, tuple) else (context - 1, 1) for context in contexts]
+    batch, slots_M = paged.batch(chunks, 2048 // slots, slots)
+    cache = paged.caches(batch.block_table_RX.numel(), slots, kv_heads, d, cache_dtype or dtype)
+    q_MHd = torch.randn(len(slots_M) + padding, heads, d).to(dtype)
+    got = cross_attention(q_MHd, *cache, batch, d**-0.5, **scales)
+    paged.close(got, naive(q_MHd.double(), *cache.double(), batch, d**-0.5, **scales))
     return got
 
 
@@ -44,20 +45,21 @@ def test_eight_bit_caches():
     compare(4, 2, 64, CONTEXTS[::3], torch.float32, torch.float8_e4m3fn, k_scale=0.5, v_scale=4.0)
 
 
-def test_rows_without_keys_are_zero():
-    got = compare(4, 2, 64, [0, 17, 0])
-    assert not got[[0, 2]].any() and got[1].all()
+def test_several_rows_of_a_request_and_none():
+    got = compare(4, 2, 64, [(40, 3), (9, 0), (0, 17), (64, 1), (5, 0)], padding=2)
+    assert got[:-2].any(-1).all() and not got[-2:].any()
 
 
 def test_a_rows_bits_do_not_depend_on_its_neighbours():
     torch.manual_seed(0)
-    cache, table_RX = paged.caches(400, SLOTS, 2, 64, torch.float32), paged.block_table(2, 128)
-    q_MHd, request_M = torch.randn(5, 4, 64), torch.tensor([0, 1, 0, 1, 1], dtype=torch.int32)
-    context_M = torch.tensor([1999, 3, 700, 1500, 64], dtype=torch.int32)
-    together = cross_attention(q_MHd, *cache, table_RX, request_M, context_M, 0.125)
-    for m in range(5):
-        alone = cross_attention(q_MHd[m:][:1], *cache, table_RX, request_M[m:][:1], context_M[m:][:1], 0.125)
-        assert torch.equal(alone[0], together[m])
+    batch, slots_M = paged.batch([(1998, 1), (2, 1), (699, 2), (1499, 1)], 128, SLOTS)
+    cache = paged.caches(512, SLOTS, 2, 64, torch.float32)
+    q_MHd = torch.randn(len(slots_M), 4, 64)
+    together = cross_attention(q_MHd, *cache, batch, 0.125)
+    for m, request, position in batch.rows():
+        one = torch.tensor([0, 1, position + 1], dtype=torch.int32)
+        alone = Batch(batch.block_table_RX[request][None], one[:2], one[2:])
+        assert torch.equal(cross_attention(q_MHd[m][None], *cache, alone, 0.125)[0], together[m])
 
 
 def test_a_cache_of_more_than_2_31_numbers():
@@ -68,23 +70,22 @@ def test_a_cache_of_more_than_2_31_numbers():
     table_RX = torch.arange(blocks - 40, blocks, dtype=torch.int32)[None]
     small = torch.randn(2, 40, SLOTS, 2, d).half()
     cache_BSKd[:, -40:] = small
-    q_MHd, zero = torch.randn(1, 4, d).half(), torch.zeros(1, dtype=torch.int32)
-    got = cross_attention(q_MHd, *cache_BSKd, table_RX, zero, zero + 601, 0.125)
-    expected = cross_attention(q_MHd, *small, table_RX - (blocks - 40), zero, zero + 601, 0.125)
+    q_MHd, one = torch.randn(1, 4, d).half(), torch.tensor([0, 1, 601], dtype=torch.int32)
+    got = cross_attention(q_MHd, *cache_BSKd, Batch(table_RX, one[:2], one[2:]), 0.125)
+    expected = cross_attention(q_MHd, *small, Batch(table_RX - (blocks - 40), one[:2], one[2:]), 0.125)
     assert torch.equal(got, expected)
 
 
 def test_arguments_are_explained():
     k_cache, v_cache = paged.caches(4, SLOTS, 2, 64, torch.float32)
-    one = torch.zeros(1, dtype=torch.int32)
-    rows = dict(block_table_RX=one[None], request_M=one, context_M=one, scale=1.0)
+    batch, _ = paged.batch([(3, 1)], 4, SLOTS)
+    right = dict(q_MHd=torch.zeros(1, 4, 64), k_cache_BSKd=k_cache, v_cache_BSKd=v_cache, batch=batch, scale=1.0)
     for changed, complaint in (
         (dict(q_MHd=torch.zeros(1, 3, 64)), "3 query heads are not shared by 2 KV heads"),
         (dict(q_MHd=torch.zeros(1, 4, 32)), "the caches have 2 heads of 32"),
-        (dict(context_M=one.long()), "context_M is one int32"),
-        (dict(block_table_RX=one[None].long()), "block_table_RX is int32"),
+        (dict(batch=replace(batch, lengths_R=batch.lengths_R.long())), "lengths are int32"),
+        (dict(batch=replace(batch, starts_R1=batch.starts_R1[:1])), "starts and lengths of 1 requests"),
+        (dict(out_MHd=torch.zeros(2, 4, 64)), "of the queries' shape"),
     ):
         with pytest.raises(AssertionError, match=complaint):
-            cross_attention(
-                **dict(q_MHd=torch.zeros(1, 4, 64), k_cache_BSKd=k_cache, v_cache_BSKd=v_cache) | rows | changed
-            )
+            cross_attention(**right | changed)
