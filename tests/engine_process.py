@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -116,12 +117,33 @@ def attend_in_triton() -> None:
     torch.cuda.get_device_capability = lambda *args: (9, 0)  # asked for by its cache writer, to choose a block
 
 
+def counted_kernels() -> Counter:
+    """Calls of each of the plugin's kernels."""
+    import vllm_yocou.fused_attention as fused
+
+    calls = Counter()
+
+    def counted(name: str):
+        kernel = getattr(fused, name)
+
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return kernel(*args, **kwargs)
+
+        return call
+
+    for name in ("window_step", "global_write", "cross_attention"):
+        setattr(fused, name, counted(name))
+    return calls
+
+
 def main() -> None:
     checkpoint, runner = sys.argv[1:]
     if runner.startswith("v2"):
         interpret_triton()
     if runner == "v2-triton":
         attend_in_triton()
+    kernels = counted_kernels() if runner == "v2-triton" else {}
     # Not before: both import vLLM, which looks for Triton once.
     import graph_replay
     from vllm import LLM, SamplingParams
@@ -147,7 +169,7 @@ def main() -> None:
         found = llm.get_metrics()
         counted = {name: sum(entry.value for entry in found if entry.name == f"vllm:{name}") for name in METRICS}
         graphs = graph_replay.ReplayedGraph
-        return counted | {"graph_captures": graphs.captures, "graph_replays": graphs.replays}
+        return counted | dict(kernels) | {"graph_captures": graphs.captures, "graph_replays": graphs.replays}
 
     ids = {}
 
@@ -162,7 +184,7 @@ def main() -> None:
         adapters = [adapter(request["adapter"]) if request.get("adapter") else None for request in batch]
         outputs = llm.generate(prompts, parameters, use_tqdm=False, lora_request=adapters)
         after = metrics()
-        moved = {name: after[name] - before[name] for name in after}
+        moved = {name: after[name] - before.get(name, 0) for name in after}
         result.append({"outputs": [plain_output(output) for output in outputs], "metrics": moved})
         before = after
     print("RESULT", json.dumps(result))

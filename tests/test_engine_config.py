@@ -15,6 +15,7 @@ REFUSED = [
     (dict(tensor_parallel_size=4, decode_context_parallel_size=2), "context parallelism cannot be used with YOCO-U"),
     (dict(compilation_config={"mode": 1}), "compilation mode 1 cannot be used with YOCO-U: it would unroll the loop"),
     (dict(kv_sharing_fast_prefill=True), "--kv-sharing-fast-prefill cannot be used with YOCO-U"),
+    (dict(additional_config={"yocou": {"kernels": True}}), 'option "kernels" cannot be used on this machine'),
     (dict(disable_sliding_window=True), "--disable-sliding-window cannot be used with YOCO-U"),
     (dict(hf_overrides={"num_iterations": 0}), "num_iterations is 0: it must be a whole number of at least 1"),
     (dict(hf_overrides={"sliding_window": "wide"}), "sliding_window is 'wide': it must be a whole number"),

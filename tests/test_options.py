@@ -17,7 +17,10 @@ def test_defaults_and_what_is_given():
     "given, sentence",
     [
         ({"yocou": 7}, r'additional_config\["yocou"\] is 7: give an object'),
-        ({"yocou": {"block": 7}}, "has no option 'block': choose from lower_chunk, max_global_block, skip_rows"),
+        (
+            {"yocou": {"block": 7}},
+            "has no option 'block': choose from kernels, lower_chunk, max_global_block, skip_rows",
+        ),
         ({"yocou": {"max_global_block": "many"}}, "is 'many': give int"),
         ({"yocou": {"max_global_block": True}}, "is True: give int"),
         ({"yocou": {"skip_rows": 1}}, "is 1: give bool"),

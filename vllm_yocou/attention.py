@@ -3,6 +3,8 @@
 Both are vLLM `Attention` layers, so its runners bind their memory and build their metadata.
 """
 
+from collections.abc import Callable
+
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
@@ -15,6 +17,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, get_kv_quant_mode
 
 from vllm_yocou.backend import packed_backend, row_selecting_backend, served_backend
 from vllm_yocou.kv_cache import GlobalCacheSpec, Packing, WindowCacheSpec
+from vllm_yocou.options import Options
 from vllm_yocou.row_selection import RequestTable
 
 WINDOW_ATTENTION = "vllm::yocou_attend_windows"
@@ -29,6 +32,7 @@ class CachedAttention(Attention):
             head_size, torch.get_default_dtype(), cache_config.cache_dtype, has_sliding_window=window is not None
         )
         base = served_backend(selected, vllm_config.attention_config.backend is not None, cache_config.cache_dtype)
+        kernels = Options.of(vllm_config.additional_config).kernels
         super().__init__(
             num_heads,
             head_size,
@@ -36,13 +40,15 @@ class CachedAttention(Attention):
             num_kv_heads=num_kv_heads,
             cache_config=cache_config,
             per_layer_sliding_window=window,
-            attn_backend=self.backend_over(base),
+            attn_backend=self.backend_over(base, kernels),
             **kwargs,
         )
+        # Our kernels read and write what the model computes with.
+        self.by_kernel = kernels and self.kv_cache_torch_dtype == torch.get_default_dtype()
         self.packing: Packing | None = None
 
     @staticmethod
-    def backend_over(base: type[AttentionBackend]) -> type[AttentionBackend]:
+    def backend_over(base: type[AttentionBackend], kernels: bool) -> type[AttentionBackend]:
         return packed_backend(base)
 
     @property
@@ -72,10 +78,12 @@ class CachedAttention(Attention):
 class WindowAttention(CachedAttention):
     """Owns the window cache of one (iteration, layer); `attend_windows` writes and reads it.
 
-    The one of the first iteration lists the names of its layer's caches, by iteration, in `iterations`.
+    The one of the first iteration lists the names of its layer's caches, by iteration, in `iterations`. If it has a
+    `step`, that one takes queries and keys as they are projected, and norms and rotates them as well.
     """
 
     iterations: list[str]
+    step: Callable[..., None] | None = None
 
     def spec(self, block_size: int) -> WindowCacheSpec:
         return WindowCacheSpec(block_size=block_size, sliding_window=self.sliding_window, **self.spec_arguments())
@@ -96,8 +104,8 @@ class GlobalAttention(CachedAttention):
         self.requests = RequestTable(vllm_config.scheduler_config.max_num_seqs)
 
     @staticmethod
-    def backend_over(base: type[AttentionBackend]) -> type[AttentionBackend]:
-        return row_selecting_backend(base)
+    def backend_over(base: type[AttentionBackend], kernels: bool) -> type[AttentionBackend]:
+        return row_selecting_backend(base, kernels)
 
     def selected_rows(self) -> torch.Tensor | None:
         """(M,) int64, the rows of this step that `attend` takes, ascending; None if it takes all."""
@@ -147,7 +155,11 @@ def attend_windows(
     is a scalar on the CPU, read here, outside every graph; `layer_name` is the first iteration's.
     """
     layers = get_forward_context().no_compile_layers
-    name = layers[_resolve_layer_name(layer_name)].iterations[int(iteration)]
+    first = layers[_resolve_layer_name(layer_name)]
+    name = first.iterations[int(iteration)]
+    if first.step is not None:
+        first.step(name, q_NHd, k_NKd, v_NKd, out_NHd)
+        return
     q_NHd = layers[name].quantized(q_NHd)
     written = unified_kv_cache_update(k_NKd, v_NKd, name)
     unified_attention_with_output(q_NHd, k_NKd, v_NKd, out_NHd, name, kv_cache_dummy_dep=written)

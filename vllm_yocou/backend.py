@@ -81,15 +81,20 @@ def packed_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
 
 
 @cache
-def row_selecting_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
-    """`base` over block-outermost KV memory, for the global cache: its metadata covers the selected rows."""
+def row_selecting_backend(base: type[AttentionBackend], kernels: bool = False) -> type[AttentionBackend]:
+    """`base` over block-outermost KV memory, for the global cache: its metadata covers the selected rows.
+
+    With `kernels`, its implementation leaves the steps that they are made for to the plugin's kernels.
+    """
     packed = packed_backend(base)
     builder = type(f"RowSelecting{packed.get_builder_cls().__name__}", (RowSelecting, packed.get_builder_cls()), {})
-    return type(
-        f"RowSelecting{base.__name__}",
-        (packed,),
-        {"__module__": __name__, "get_builder_cls": staticmethod(lambda: builder)},
-    )
+    answers = {"__module__": __name__, "get_builder_cls": staticmethod(lambda: builder)}
+    if kernels:
+        from vllm_yocou.fused_attention import CrossAttentionByKernel  # not before: it wants Triton
+
+        implementation = type(f"{base.__name__}ByKernel", (CrossAttentionByKernel, base.get_impl_cls()), {})
+        answers["get_impl_cls"] = staticmethod(lambda: implementation)
+    return type(f"RowSelecting{base.__name__}", (packed,), answers)
 
 
 def smallest_block(backend: type[AttentionBackend]) -> int:

@@ -70,6 +70,7 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
         vllm_config.compilation_config.fast_moe_cold_start = False
         if vllm_config.model_config.hf_config.is_moe and current_platform.is_cpu():
             _check_experts_on_cpu(vllm_config)
+        _check_kernels(vllm_config)
         _check_compilation(vllm_config)
         _choose_chunk(vllm_config)
         row_metrics.expose(vllm_config)
@@ -125,6 +126,16 @@ def _check_experts_on_cpu(vllm_config: "VllmConfig") -> None:
         raise ValueError(
             "--enable-lora cannot be used with a mixture of experts on a CPU: vLLM computes experts with adapters in "
             "Triton, merge the adapter into the weights."
+        )
+
+
+def _check_kernels(vllm_config: "VllmConfig") -> None:
+    from vllm.triton_utils import HAS_TRITON
+
+    if Options.of(vllm_config.additional_config).kernels and not HAS_TRITON:
+        raise ValueError(
+            'the option "kernels" cannot be used on this machine: vLLM finds no GPU that Triton compiles for, leave it '
+            "out."
         )
 
 

@@ -7,7 +7,8 @@ Shapes: N tokens of this step (all requests, one row a token), D hidden_size.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import nn
@@ -100,13 +101,19 @@ class LoopedWindowAttention(nn.Module):
             for iteration in range(config.num_iterations)
         )
         self.windows[0].iterations = [window.layer_name for window in self.windows]
+        if self.windows[0].by_kernel:
+            from vllm_yocou.fused_attention import NormAndRotation, step_in_window
+
+            before = NormAndRotation(self.rotary_emb, self.q_norm, self.k_norm)
+            self.windows[0].step = partial(step_in_window, before)
         self.layer_name = _encode_layer_name(self.windows[0].layer_name)
         self.query_shape, self.key_shape = (-1, heads, d), (-1, kv_heads, d)
 
     def forward(self, positions_N: torch.Tensor, h_ND: torch.Tensor, iteration: torch.Tensor) -> torch.Tensor:
         qkv_NX, _ = self.qkv_proj(h_ND)
         q_NX, k_NX, v_NX = qkv_NX.split(self.sizes, dim=-1)
-        q_NX, k_NX = self.rotary_emb(positions_N, self.q_norm(q_NX), self.k_norm(k_NX))
+        if not self.windows[0].by_kernel:
+            q_NX, k_NX = self.rotary_emb(positions_N, self.q_norm(q_NX), self.k_norm(k_NX))
         q_NHd, k_NKd, v_NKd = q_NX.view(self.query_shape), k_NX.view(self.key_shape), v_NX.view(self.key_shape)
         out_NHd = torch.empty_like(q_NHd, memory_format=torch.contiguous_format)
         torch.ops.vllm.yocou_attend_windows(q_NHd, k_NKd, v_NKd, out_NHd, iteration, self.layer_name)
@@ -143,11 +150,19 @@ class GlobalKV(nn.Module):
             quant_config=vllm_config.quant_config,
             prefix=f"{cache_prefix}.0",
         )
+        self.write: Callable[..., torch.Tensor] | None = None
+        if self.cache.by_kernel:
+            from vllm_yocou.fused_attention import NormAndRotation, write_global
+
+            before = NormAndRotation(self.rotary_emb, nn.Identity(), self.k_norm)
+            self.write = partial(write_global, before, self.cache.layer_name)
 
     def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
         """Project and store; returns the token that the readers take."""
         kv_NX, _ = self.kv_proj(self.norm(x_ND))
         k_NX, v_NX = kv_NX.chunk(2, dim=-1)
+        if self.write is not None:
+            return self.write(positions_N, k_NX, v_NX)
         k_NX = self.k_norm(k_NX)
         if self.rotary_emb is not None:
             # vLLM's rotary embedding turns queries in place; here there are none, so the keys take their part.
@@ -311,6 +326,10 @@ class YocoUModel(nn.Module):
             cache.packing = packing
         if get_tensor_model_parallel_rank() == 0:
             logger.info("%s Attention backend %s.", packing, global_cache.attn_backend.get_name())
+            ours = ["window steps"] * windows[0].by_kernel
+            ours += ["global writes and cross attention of at most one row a request"] * global_cache.by_kernel
+            if ours:
+                logger.info("This plugin's Triton kernels, not measured on any GPU yet, take %s.", ", ".join(ours))
             logger.info("%s", packing.cost(vllm_config, windows[0].sliding_window))
             if reason := why_all_rows(vllm_config):
                 logger.info("The cross-decoder runs on every prompt row: %s.", reason)

@@ -14,11 +14,13 @@ class Options:
             groups, and prefix-cache hits that are multiples of a larger number.
         lower_chunk: whether vLLM's default of max_num_batched_tokens is replaced by a smaller one.
         skip_rows: whether prompt rows without wanted logits skip the cross-decoder; False runs every row, to compare.
+        kernels: whether the plugin's Triton kernels take the place of vLLM's; no GPU has measured them yet.
     """
 
     max_global_block: int = 512
     lower_chunk: bool = True
     skip_rows: bool = True
+    kernels: bool = False
 
     @classmethod
     def of(cls, additional_config: object) -> "Options":
