@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-TABLES = ("kv_layout", "scheduling", "prefill", "chunk_size", "compilation", "start_up")
+TABLES = ("kv_layout", "scheduling", "prefill", "chunk_size", "compilation", "start_up", "kernels")
 
 if __name__ == "__main__":
     chosen = sys.argv[1:] or TABLES

@@ -1,1 +1,1 @@
-"""Triton kernels for the window caches and the global cache, each with an oracle in torch. No backend uses them yet."""
+"""Triton kernels for the window caches and the global cache, each with an oracle in torch."""

@@ -14,7 +14,7 @@ SPLIT_HEADS = dict(cross_num_attention_heads=6, cross_num_key_value_heads=2, cro
     ids=["plain", "normed-and-turned"],
 )
 def test_exact_and_called(overrides, tmp_path):
-    """A first chunk that no row of the cross-decoder needs, one row a request, and a prompt whose every row is wanted."""
+    """A first chunk that no cross-decoder row needs, one row a request, and a prompt whose every row is wanted."""
     config = tiny.config(**overrides)
     model = tiny.model(config)
     model.save_pretrained(tmp_path)

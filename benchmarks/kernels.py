@@ -1,0 +1,198 @@
+"""The plugin's Triton kernels beside what they would replace: time, share of a measured device copy, ratios.
+
+Shapes: the paper's (20 query and 4 KV heads of 128, W 512), bfloat16; a decode step of N requests.
+"""
+
+import importlib.util
+import statistics
+from collections.abc import Callable
+
+from benchmarks.engine import SHAPES, print_table
+
+import torch  # isort: skip
+import triton
+from vllm import _custom_ops as ops
+from vllm.platforms import current_platform
+from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
+from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+from vllm_yocou.kernels.arguments import Batch, Rotation
+from vllm_yocou.kernels.cross_attention import cross_attention
+from vllm_yocou.kernels.window_step import window_step
+
+PAPER = SHAPES["paper 1.3B"]
+H, K, d, W = (PAPER[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"))
+BATCHES = (1, 8, 64)
+CONTEXTS = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18)
+GLOBAL_BLOCK, WINDOW_BLOCK, CACHES_A_BLOCK = 512, 32, 16
+ROUNDS = 3
+COPIED_BYTES = 1 << 30
+POOL_BYTES = 100 << 30  # of keys and values at most: larger shapes are left out
+
+TRITON = "vLLM's Triton"
+
+Contestants = dict[str, Callable[[], torch.Tensor]]
+
+
+def decodes(requests: int, context: int, block: int, caches: int, dtype: torch.dtype):
+    """One row of each request at the end of its `context` tokens: (keys, values, batch, slots), as the engine packs."""
+    blocks_each = triton.cdiv(context, block)
+    table_RX = torch.randperm(requests * blocks_each).view(requests, blocks_each).int()
+    batch = Batch(table_RX, torch.arange(requests + 1).int(), torch.full((requests,), context).int())
+    pool_BLSKd = torch.randn(requests * blocks_each, caches, block, K, 2 * d, dtype=dtype)
+    last = context - 1
+    slots_N = table_RX[:, last // block].long() * block + last % block
+    return *pool_BLSKd[:, caches // 2].chunk(2, dim=-1), batch, slots_N
+
+
+def vllm_attention(q_NHd, keys, values, batch: Batch, context: int, window: int | None = None) -> Contestants:
+    """vLLM's attention kernels that run on this machine, over the same cache."""
+    out_NHd = torch.empty_like(q_NHd)
+    common = dict(
+        q=q_NHd,
+        k=keys,
+        v=values,
+        out=out_NHd,
+        cu_seqlens_q=batch.starts_R1,
+        max_seqlen_q=1,
+        seqused_k=batch.lengths_R,
+        max_seqlen_k=context,
+        softmax_scale=d**-0.5,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        block_table=batch.block_table_RX,
+    )
+
+    def in_triton() -> torch.Tensor:
+        unified_attention(**common, softcap=0, q_descale=None, k_descale=None, v_descale=None, **segments)
+        return out_NHd
+
+    # As vLLM's backend has them: batches of up to 128 programs are split over the sequence, 16 ways.
+    rows, parts = 128 // K, 16
+    segments = dict(
+        seq_threshold_3D=rows,
+        num_par_softmax_segments=parts,
+        softmax_segm_output=torch.empty(rows, H, parts, triton.next_power_of_2(d), dtype=torch.float32),
+        softmax_segm_max=torch.empty(rows, H, parts, dtype=torch.float32),
+        softmax_segm_expsum=torch.empty(rows, H, parts, dtype=torch.float32),
+    )
+    found = {TRITON: in_triton}
+    if current_platform.is_cuda():
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+
+        version = get_flash_attn_version()
+        arguments = common | dict(window_size=list(common["window_size"]), fa_version=version)
+        found[f"FlashAttention {version}"] = lambda: flash_attn_varlen_func(**arguments)
+    return found
+
+
+def xformers_attention(q_NHd, keys, values, batch: Batch, context: int) -> Contestants:
+    """Memory-efficient attention over a copy of the cache without blocks, which is the easier task."""
+    if importlib.util.find_spec("xformers") is None or not current_platform.is_cuda():
+        return {}
+    from xformers.ops import memory_efficient_attention_forward
+    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalWithOffsetPaddedKeysMask
+
+    N = len(q_NHd)
+    bias = BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens([1] * N, context, [context] * N)
+    grouped = [
+        cache[batch.block_table_RX.long()].flatten(1, 2)[:, :context].flatten(0, 1)[None, :, :, None]
+        for cache in (keys, values)
+    ]
+    k_1NKGd, v_1NKGd = (x.expand(-1, -1, -1, H // K, -1) for x in grouped)
+    q_1NKGd = q_NHd.view(1, N, K, H // K, d)
+    return {
+        "xformers": lambda: memory_efficient_attention_forward(q_1NKGd, k_1NKGd, v_1NKGd, bias, scale=d**-0.5).view(
+            N, H, d
+        )
+    }
+
+
+def cross_attentions(requests: int, context: int, dtype: torch.dtype) -> Contestants:
+    """By name, what computes the attention of one cross-decoder layer over the global cache: (N, H, d)."""
+    keys, values, batch, _ = decodes(requests, context, GLOBAL_BLOCK, 1, dtype)
+    q_NHd = torch.randn(requests, H, d, dtype=dtype)
+    ours = {"ours": lambda: cross_attention(q_NHd, keys, values, batch, d**-0.5)}
+    rows = (q_NHd, keys, values, batch, context)
+    return ours | vllm_attention(*rows) | xformers_attention(*rows)
+
+
+def window_steps(requests: int, context: int, dtype: torch.dtype) -> Contestants:
+    """By name, what takes projections to the attention of one (iteration, layer), its cache written: (N, H, d)."""
+    keys, values, batch, slots_N = decodes(requests, context, WINDOW_BLOCK, CACHES_A_BLOCK, dtype)
+    qkv_NX = torch.randn(requests, (H + 2 * K) * d, dtype=dtype)
+    q_NX, k_NX, v_NX = qkv_NX.split([H * d, K * d, K * d], dim=-1)
+    angles_Pd = torch.arange(context)[:, None] * 10000.0 ** -(torch.arange(d // 2) / (d // 2))
+    rotation = Rotation(torch.cat([angles_Pd.cos(), angles_Pd.sin()], 1).to(dtype))
+    q_norm_d, k_norm_d = torch.rand(2, d).to(dtype)
+    positions_N = torch.full((requests,), context - 1)
+
+    def heads(x_NX: torch.Tensor) -> torch.Tensor:
+        return x_NX.view(requests, -1, d)
+
+    def ours() -> torch.Tensor:
+        cache, step = (keys, values, slots_N, batch), (1, W, d**-0.5, rotation, q_norm_d, k_norm_d)
+        return window_step(heads(q_NX), heads(k_NX), heads(v_NX), *cache, *step)
+
+    q_NHd, k_NKd = (torch.empty_like(heads(x_NX), memory_format=torch.contiguous_format) for x_NX in (q_NX, k_NX))
+    unscaled = torch.ones(1)
+
+    def separately(name: str, attention: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        write = triton_reshape_and_cache_flash if name == TRITON else ops.reshape_and_cache_flash
+
+        def step() -> torch.Tensor:
+            ops.rms_norm(q_NHd, heads(q_NX).contiguous(), q_norm_d, 1e-6)
+            ops.rms_norm(k_NKd, heads(k_NX).contiguous(), k_norm_d, 1e-6)
+            ops.rotary_embedding(positions_N, q_NHd.flatten(1), k_NKd.flatten(1), d, rotation.cos_sin_PD, True)
+            write(k_NKd, heads(v_NX), keys, values, slots_N, "auto", unscaled, unscaled)
+            return attention()
+
+        return step
+
+    theirs = vllm_attention(q_NHd, keys, values, batch, context, window=W)
+    return {"ours": ours} | {f"separately, {name}": separately(name, attention) for name, attention in theirs.items()}
+
+
+def times_ms(contestants: Contestants) -> dict[str, float]:
+    """Median of rounds in turn, each in a CUDA graph: what a decode step pays."""
+    rounds = [
+        {name: triton.testing.do_bench_cudagraph(call, return_mode="median") for name, call in contestants.items()}
+        for _ in range(ROUNDS)
+    ]
+    return {name: statistics.median(times[name] for times in rounds) for name in contestants}
+
+
+def rows_of(kind: Callable[..., Contestants], contexts: tuple[int, ...], seen: int | None) -> list[list]:
+    source = torch.empty(COPIED_BYTES, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    rows = []
+    for requests in BATCHES:
+        for context in contexts:
+            if requests * context * K * 2 * d * 2 > POOL_BYTES:
+                continue
+            times = times_ms(kind(requests, context, torch.bfloat16) | {"copy": lambda: target.copy_(source)})
+            copy_bytes_per_ms = 2 * COPIED_BYTES / times.pop("copy")
+            moved = requests * min(context, seen or context) * K * 2 * d * 2
+            for name, ms in times.items():
+                share = moved / ms / copy_bytes_per_ms
+                rows.append(
+                    [requests, context, name, f"{ms * 1e3:.1f} us", f"{share:.0%}", f"{ms / times['ours']:.2f}x"]
+                )
+    return rows
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        print("The table of the kernels needs a GPU: what Triton's interpreter takes on a CPU says nothing of them.")
+        return
+    torch.set_default_device("cuda")
+    header = ["requests", "context", "by", "time", "bandwidth / copy's", "this / ours"]
+    shape = f"{H} query and {K} KV heads of {d}, bfloat16, in a CUDA graph, medians of {ROUNDS} rounds in turn."
+    note = f"A decode step's attention of one cross-decoder layer over the global cache. {shape}"
+    print_table("Cross attention", note, header, rows_of(cross_attentions, CONTEXTS, None))
+    note = f"Norm, rotation, cache write and attention over a window of {W}, of one (iteration, layer). {shape}"
+    print_table("Window step", note, header, rows_of(window_steps, (1 << 10,), W))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""What the kernels' table times side by side computes the same; on a CPU, what Triton's interpreter runs of it."""
+
+import engine_process
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def vllm_finds_triton(monkeypatch):
+    if not torch.cuda.is_available():
+        engine_process.interpret_triton()
+        # Asked for by vLLM's cache writer, to choose a block.
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+
+
+@pytest.mark.parametrize("kind, context", [("cross_attentions", 700), ("window_steps", 70), ("window_steps", 600)])
+def test_contestants_agree(kind, context):
+    from benchmarks import kernels
+
+    contestants = getattr(kernels, kind)(2, context, torch.float32)
+    expected = contestants.pop("ours")().clone()
+    assert contestants
+    for contestant in contestants.values():
+        torch.testing.assert_close(contestant(), expected, atol=3e-5, rtol=3e-5)
