@@ -6,6 +6,7 @@ import platform
 import tempfile
 import time
 from contextlib import contextmanager
+from unittest.mock import patch
 
 # Before torch and vLLM are imported.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -15,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 import torch  # noqa: E402
 import vllm  # noqa: E402
+from transformers import PretrainedConfig  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 
@@ -77,7 +79,7 @@ def config(shape: str, **changed) -> YocoUConfig:
     return YocoUConfig(**sizes | SHAPES[shape] | changed)
 
 
-def start(cfg: YocoUConfig, folder: str | None = None, **settings) -> LLM:
+def start(cfg: PretrainedConfig, folder: str | None = None, **settings) -> LLM:
     folder = folder or tempfile.mkdtemp(prefix="yocou-bench-")
     cfg.save_pretrained(folder)
     defaults = dict(skip_tokenizer_init=True, load_format="dummy", dtype="float32", enable_prefix_caching=False)
@@ -95,15 +97,29 @@ def core(llm: LLM):
 
 
 @contextmanager
-def decoding(llm: LLM, batch: int):
-    """`batch` requests of 600 tokens each, all of them in decode."""
-    parameters = SamplingParams(temperature=0, max_tokens=3000, ignore_eos=True, detokenize=False)
+def decoding(llm: LLM, batch: int, context: int = 600, room: int = 3000):
+    """`batch` requests of `context` tokens each, all of them in decode, with `room` for more.
+
+    Their prompts are scheduled and not computed: a decode step takes as long over any numbers. The cache is written
+    once, since a page of memory that nobody wrote is the same page of zeros everywhere, which a core keeps at hand.
+    """
+    model_runner = runner(llm)
+    model, hidden_size = model_runner.model, llm.model_config.get_hidden_size()
+    for cache in model_runner.kv_caches:
+        cache.fill_(1)
+
+    def instead(input_ids=None, positions=None, **kwargs) -> torch.Tensor:
+        return torch.zeros(len(positions), hidden_size, dtype=llm.model_config.dtype, device=positions.device)
+
+    parameters = SamplingParams(temperature=0, max_tokens=room, ignore_eos=True, detokenize=False)
     for i in range(batch):
-        llm.llm_engine.add_request(str(i), {"prompt_token_ids": [1] * 600}, parameters)
-    for _ in range(batch + 5):
-        llm.llm_engine.step()
+        llm.llm_engine.add_request(str(i), {"prompt_token_ids": [1] * context}, parameters)
     running = core(llm).scheduler.running
-    assert len(running) == batch and all(request.num_output_tokens for request in running)
+    with patch.object(model, "forward", instead):
+        while len(running) < batch or not all(request.num_output_tokens for request in running):
+            llm.llm_engine.step()
+    for _ in range(3):
+        llm.llm_engine.step()
     yield
     llm.llm_engine.abort_request([request.request_id for request in core(llm).scheduler.running], internal=True)
     llm.llm_engine.step()
@@ -113,7 +129,7 @@ def decoding(llm: LLM, batch: int):
 def block_bytes(llm: LLM) -> int:
     """Bytes of a block of the KV cache pool, as vLLM allocated it."""
     kv_config = core(llm).scheduler.kv_cache_config
-    return kv_config.kv_cache_tensors[0].size // kv_config.num_blocks
+    return sum(tensor.size for tensor in kv_config.kv_cache_tensors) // kv_config.num_blocks
 
 
 class Stopwatch:

@@ -1,0 +1,78 @@
+"""`vllm bench serve` against `vllm serve`: one request mix, skipping on and off, prefix caching on and off."""
+
+import json
+import shutil
+import statistics
+import subprocess
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+from benchmarks.engine import config, print_table
+from benchmarks.server import VLLM, Server, serving, user_environment
+
+SHAPE, ROUNDS = "77M", 2
+TOKENIZER = Path(__file__).parent.parent / "examples" / "yoco-u-kjv"
+SETTINGS = "--load-format dummy --dtype float32 --max-model-len 4096 --max-num-seqs 8 --host 127.0.0.1"
+SETTINGS += " --kv-cache-memory-bytes 1G --enforce-eager"
+WAYS = {
+    "skipping, prefix caching": [],
+    "skipping": ["--no-enable-prefix-caching"],
+    "every row, prefix caching": ["--additional-config", '{"yocou": {"skip_rows": false}}'],
+    "every row": ["--no-enable-prefix-caching", "--additional-config", '{"yocou": {"skip_rows": false}}'],
+}
+# All prompts begin alike: a system prompt, then a question.
+PREFIX, INPUT, OUTPUT, PROMPTS, CONCURRENCY = 1024, 256, 32, 24, 4
+FIGURES = {
+    "request_throughput": "requests/s",
+    "total_token_throughput": "tokens/s, prompts and answers",
+    "median_ttft_ms": "median time to first token, ms",
+    "median_tpot_ms": "median time of a further token, ms",
+}
+
+
+def figures(server: Server, folder: Path, seed: int) -> list[float]:
+    mix = f"--dataset-name random --random-prefix-len {PREFIX} --random-input-len {INPUT} --random-output-len {OUTPUT}"
+    mix += f" --num-prompts {PROMPTS} --max-concurrency {CONCURRENCY} --seed {seed} --ignore-eos"
+    command = [VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.url, "--model", server.model]
+    command += ["--tokenizer", str(TOKENIZER), *mix.split()]
+    command += ["--save-result", "--result-dir", str(folder), "--result-filename", "result.json"]
+    subprocess.run(command, env=user_environment(), check=True, capture_output=True, timeout=600)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["completed"] == PROMPTS
+    return [result[key] for key in FIGURES]
+
+
+def main() -> None:
+    runs = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        checkpoint = folder / "checkpoint"
+        shutil.copytree(TOKENIZER, checkpoint, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+        config(SHAPE).save_pretrained(checkpoint)
+        # All at once: a server without requests takes no time from the others.
+        servers = {
+            way: stack.enter_context(
+                serving([VLLM, "serve", str(checkpoint), *SETTINGS.split(), *more], folder / f"{i}.log")
+            )
+            for i, (way, more) in enumerate(WAYS.items())
+        }
+        for seed in range(ROUNDS + 1):  # the first one warms up
+            for way, server in servers.items():
+                runs[way].append(figures(server, folder, seed))
+    medians = {way: [statistics.median(part) for part in zip(*taken[1:], strict=True)] for way, taken in runs.items()}
+    last = medians["every row"]
+    rows = [
+        [way, *(f"{value:,.1f} ({value / base:.2f}x)" for value, base in zip(values, last, strict=True))]
+        for way, values in medians.items()
+    ]
+    note = (
+        f"{SHAPE} shape, random weights, float32, eager: {PROMPTS} prompts of {PREFIX} tokens in common and {INPUT} "
+        f"of their own, {OUTPUT} tokens of answer, {CONCURRENCY} at a time; medians of {ROUNDS} runs in turn, and "
+        "beside each what it is to the last line's."
+    )
+    print_table("Serving", note, ["", *FIGURES.values()], rows)
+
+
+if __name__ == "__main__":
+    main()
