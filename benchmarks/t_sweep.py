@@ -104,7 +104,7 @@ def main() -> None:
         rows.append([t, perplexity[t], *cells, f"{kv / 2**20:.2f} MiB ({kv / base[2]:.2f}x)"])
     note = (
         f"{one['parameters']:,} parameters, {one['training_tokens']:,} training tokens and one seed for each T; "
-        f"float32, eager, prompts of {PROMPT} tokens, {BATCH} requests in decode; in brackets the time or bytes over T = 1's."
+        f"float32, eager, prompts of {PROMPT} tokens, {BATCH} requests in decode; in brackets over T = 1."
     )
     header = ["T", "held-out perplexity", "prefill tokens/s", "decode tokens/s", "KV a request"]
     print_table("T", note, header, rows)

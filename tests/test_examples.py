@@ -71,7 +71,7 @@ def test_chat_says_when_there_is_no_server():
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory) -> dict:
     """All tasks of examples/lm_eval in one engine start: task -> (results, samples)."""
-    run(sys.executable, "examples/lm_eval/fetch_piqa.py")
+    run(sys.executable, "examples/lm_eval/fetch.py")
     folder = tmp_path_factory.mktemp("lm_eval")
     tasks = ["kjv_next_verse", "kjv_last_word", "piqa_local", "niah_single_1"]
     lm_eval = Path(sys.executable).parent / "lm_eval"

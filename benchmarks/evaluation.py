@@ -1,0 +1,113 @@
+"""lm-eval through vLLM and through transformers, side by side: the same scores, for the trained model and for a Llama.
+
+    python -m benchmarks.evaluation [--llama FOLDER] [--limit 100]
+
+The Llama runs in the same vLLM with the plugin and without it: its scores are not to know.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.engine import print_table
+from benchmarks.server import user_environment
+
+ROOT = Path(__file__).parent.parent
+TRAINED = ROOT / "examples" / "yoco-u-kjv"
+OWN = ("kjv_next_verse", "kjv_last_word")
+COMMON = ("piqa_local", "boolq_local")
+RULER = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
+RULER_TOKENS = 1024
+CONTEXT = 2048
+EVALUATE = "import sys, vllm_yocou.reference; from lm_eval.__main__ import cli_evaluate; sys.exit(cli_evaluate())"
+
+
+Answers = list[list]  # of each item of a task, to each of its questions: a log-likelihood or a text
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What lm-eval found, by task: its metrics by name, and the model's answers behind them."""
+
+    metrics: dict[str, dict[str, float]]
+    answers: dict[str, Answers]
+
+
+def evaluate(model: Path, by: str, tasks: tuple[str, ...], limit: int, environment: dict | None = None) -> Evaluated:
+    """`by` is vllm or hf."""
+    arguments = f"pretrained={model},dtype=float32"
+    if by == "vllm":
+        arguments += f",max_model_len={CONTEXT},kv_cache_memory_bytes={1 << 30},max_num_seqs=16"
+    else:
+        arguments += f",max_length={CONTEXT}"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", EVALUATE, "--model", by, "--model_args", arguments]
+        command += ["--include_path", "examples/lm_eval", "--tasks", ",".join(tasks), "--limit", str(limit)]
+        command += ["--metadata", json.dumps({"max_seq_lengths": [RULER_TOKENS], "tokenizer": str(model)})]
+        command += ["--batch_size", "auto" if by == "vllm" else "8", "--log_samples", "--output_path", folder]
+        offline = dict(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
+        subprocess.run(command, cwd=ROOT, env=user_environment() | offline | (environment or {}), check=True)
+        (results,) = Path(folder).rglob("results_*.json")
+        found = json.loads(results.read_text())["results"]
+        answers = {}
+        for task in tasks:
+            (file,) = Path(folder).rglob(f"samples_{task}_*.jsonl")
+            items = sorted(map(json.loads, file.read_text().splitlines()), key=lambda item: item["doc_id"])
+            # A log-likelihood comes with whether it is the greedy answer's.
+            replies = [[reply[0] for reply in item["resps"]] for item in items]
+            answers[task] = [[float(r[0]) if isinstance(r, list) else r for r in item] for item in replies]
+    # RULER has a metric for each length; those that were not asked for are -1.
+    metrics = {
+        task: {
+            metric.split(",")[0]: value
+            for metric, value in found[task].items()
+            if isinstance(value, float) and "stderr" not in metric and value >= 0
+        }
+        for task in tasks
+    }
+    return Evaluated(metrics, answers)
+
+
+def alike(one: Answers, other: Answers) -> str:
+    """How far log-likelihoods are apart, or how many texts are the same."""
+    pairs = [pair for answers in zip(one, other, strict=True) for pair in zip(*answers, strict=True)]
+    if isinstance(pairs[0][0], float):
+        return f"log-likelihoods within {max(abs(first - second) for first, second in pairs):.1e}"
+    return f"{sum(first == second for first, second in pairs)} of {len(pairs)} texts the same"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama", type=Path, help="a Llama's folder, to run beside")
+    parser.add_argument("--limit", type=int, default=100, help="items of each task")
+    arguments = parser.parse_args()
+    subprocess.run([sys.executable, "examples/lm_eval/fetch.py"], cwd=ROOT, check=True)
+    limit = arguments.limit
+    tasks = OWN + COMMON + RULER
+    sides = {TRAINED: {by: evaluate(TRAINED, by, tasks, limit) for by in ("hf", "vllm")}}
+    if arguments.llama:
+        # Of RULER what a model of this size answers at all.
+        tasks = COMMON + RULER[:1]
+        sides[arguments.llama] = {
+            "vllm, no plugins": evaluate(arguments.llama, "vllm", tasks, limit, {"VLLM_PLUGINS": ""}),
+            "vllm": evaluate(arguments.llama, "vllm", tasks, limit),
+        }
+    rows = []
+    for model, (first, second) in ((model, side.items()) for model, side in sides.items()):
+        for task, metrics in first[1].metrics.items():
+            answers = alike(first[1].answers[task], second[1].answers[task])
+            for metric, expected in metrics.items():
+                got = second[1].metrics[task][metric]
+                rows.append(
+                    [model.name, task, metric, f"{first[0]}: {expected:.4f}", f"{second[0]}: {got:.4f}", answers]
+                )
+    note = f"float32, the first {limit} items of each task, RULER at {RULER_TOKENS} tokens."
+    print_table("lm-eval", note, ["model", "task", "metric", "one way", "the other", "answers"], rows)
+
+
+if __name__ == "__main__":
+    main()
