@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from vllm_yocou.checkpoint import check_files
 from vllm_yocou.options import Options
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
                 "fixed size, leave the flag out."
             )
         config.check()  # once more: overrides given as a function bypass YocoUConfig.update
+        check_files(Path(model_config.model))
         if config.shared_expert_intermediate_size is not None and config.shared_expert_gate is None:
             from vllm_yocou.feed_forward import has_shared_expert_gate
 

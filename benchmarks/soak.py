@@ -1,0 +1,431 @@
+"""Mixed clients against a real server whose KV space is too small for them; what it promises is checked at the end.
+
+    python -m benchmarks.soak --minutes 10
+
+Each client has a random generator of its own, so its requests are the same for the same seed, however many of them the
+time allows. The reference model computes what a small pool of prompts must be answered with before the load starts:
+then a request costs a comparison, and the cores are the server's.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import aiohttp
+import psutil
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks.server import VLLM, Server, serving
+from vllm_yocou.reference import YocoUForCausalLM
+
+CHECKPOINT = Path(__file__).parent.parent / "examples" / "yoco-u-kjv"
+TEXT = CHECKPOINT.parent / "lm_eval" / "kjv_last_word.jsonl"
+CONTEXT, CHUNK = 2048, 64
+# Blocks so small that requests grow while they run, in space for one of the whole context or six short ones, of the
+# twelve that the clients keep in flight.
+SETTINGS = f"--dtype float32 --max-model-len {CONTEXT} --kv-cache-memory-bytes 3M"
+SETTINGS += f" --max-num-batched-tokens {CHUNK} --max-num-seqs 16 --host 127.0.0.1"
+SETTINGS += ' --additional-config {"yocou":{"max_global_block":96}}'
+CLIENTS = 12
+
+# Around the window of 64 tokens and the global block of 96; the last two end at the context's limit.
+LENGTHS = (1, 2, 63, 65, 96, 200, 289, 700, 1400, CONTEXT - 8, CONTEXT - 1)
+TOKENS = 64  # of a continuation, at most
+CHOICES = ("the LORD", "the king", "a great multitude of the people")
+
+MARGIN = 1e-3  # where the reference's two best logits are closer, either token is right (tests/oracle.py)
+TOLERANCE = 1e-3  # |Δlogprob|, as in tests/test_server.py
+GROWTH = 0.02
+ANSWER_S = 180
+IDLE_S = 30
+
+# Body and a word that the refusal must name. Bytes go out as they are.
+BAD = [
+    (dict(prompt=[5] * (CONTEXT + 1)), "2048"),
+    (dict(prompt=[5] * CONTEXT), "max_tokens"),
+    (dict(prompt="In", max_tokens=-1), "max_tokens"),
+    (dict(prompt="In", max_tokens="many"), "max_tokens"),
+    (dict(prompt="In", temperature=-1), "temperature"),
+    (dict(prompt="In", temperature=float("nan")), "temperature"),
+    (dict(prompt="In", seed=1, temperature=1), "seed cannot be used"),
+    (dict(prompt=[4096]), "vocab"),
+    (dict(prompt=[]), "prompt"),
+    (dict(prompt={}), "prompt"),
+    (dict(prompt="In", model="nobody"), "nobody"),
+    (dict(prompt="In", n=0), "n must be"),
+    (dict(prompt="In", n=2, temperature=0), "greedy"),
+    (dict(prompt="In", top_p=2), "top_p"),
+    (dict(prompt="In", logprobs=1000), "logprobs"),
+    (dict(prompt="In", prompt_logprobs=1, stream=True), "prompt_logprobs"),
+    (dict(prompt="In", logit_bias={"99999": 1}), "logit_bias"),
+    (dict(prompt="In", structured_outputs={"regex": "("}), "regex"),
+    (dict(prompt="In", structured_outputs={"json": {"type": "nonsense"}}), "nonsense"),
+    (b'{"prompt": "In", ', "JSON"),
+]
+
+
+class Mistake(Exception):
+    """A promise that was not kept: which one, and how it was seen."""
+
+    def __init__(self, promise: str, seen: str):
+        super().__init__(promise, seen)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the reference model says of one prompt: its continuation, and log P of every prompt token but the first."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+
+
+class Reference:
+    def __init__(self, checkpoint: Path = CHECKPOINT):
+        self.model = YocoUForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def logits(self, token_ids: list[int]) -> torch.Tensor:
+        """(N, vocab_size)."""
+        return self.model(torch.tensor([token_ids])).logits[0]
+
+    def expect(self, prompt: list[int]) -> Expected:
+        ids = torch.tensor([prompt])
+        # Without a mask of its own generate() would take a leading <|endoftext|> for padding.
+        settings = dict(attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None, pad_token_id=0)
+        output = self.model.generate(ids, max_new_tokens=min(TOKENS, CONTEXT - len(prompt)), **settings)
+        rows = self.logits(prompt)[:-1].log_softmax(-1)
+        return Expected(prompt, output[0, len(prompt) :].tolist(), rows.gather(-1, ids[0, 1:, None])[:, 0].tolist())
+
+    def check_tokens(self, expected: Expected, served: list[int]) -> None:
+        """Raise Mistake unless `served` is a greedy continuation: the expected one, or another after a near tie."""
+        if served == expected.tokens[: len(served)]:
+            return
+        rows = self.logits([*expected.prompt, *served])[len(expected.prompt) - 1 : -1]
+        best, second = rows.topk(2).values.unbind(-1)
+        wrong = (rows.argmax(-1) != torch.tensor(served)) & (best - second > MARGIN)
+        if wrong.any():
+            step = wrong.int().argmax().item()
+            raise Mistake(
+                "greedy answers are the reference's",
+                f"token {step} after a prompt of {len(expected.prompt)} is {served[step]} instead of "
+                f"{rows[step].argmax().item()}",
+            )
+
+
+def check_logprobs(expected: Expected, served: list[dict | None]) -> None:
+    """`served` is vLLM's prompt_logprobs: None, then {token: {"logprob": float}} for each further prompt token."""
+    promise = "prompt log probabilities are the reference's"
+    if len(served) != len(expected.prompt):
+        raise Mistake(promise, f"{len(served)} of them for a prompt of {len(expected.prompt)}")
+    for position, (token, value) in enumerate(zip(expected.prompt[1:], expected.logprobs, strict=True), start=1):
+        given = served[position][str(token)]["logprob"]
+        if not abs(given - value) < TOLERANCE:
+            raise Mistake(promise, f"{given:.4f} instead of {value:.4f} at {position} of {len(expected.prompt)}")
+
+
+def check_refusal(status: int, body: str, word: str) -> None:
+    promise = "bad requests are answered 4xx with a sentence"
+    if not 400 <= status < 500:
+        raise Mistake(promise, f"status {status} where {word!r} is wrong")
+    try:
+        message = json.loads(body)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        raise Mistake(promise, f"{body[:80]!r} where {word!r} is wrong") from None
+    if word not in message or len(message.split()) < 3:
+        raise Mistake(promise, f"{message[:80]!r} where {word!r} is wrong")
+
+
+def check_usage(start: float, end: float) -> None:
+    if end != start:
+        raise Mistake("no KV block is leaked", f"usage of the idle server went from {start} to {end}")
+
+
+def check_growth(warm: int, end: int) -> None:
+    """Bytes of the idle server after warm-up and at the end."""
+    if end >= warm * (1 + GROWTH):
+        raise Mistake(f"memory grows by less than {GROWTH:.0%}", f"{warm / 2**20:.0f} MiB became {end / 2**20:.0f} MiB")
+
+
+def check_preemptions(count: float) -> None:
+    if count <= 0:
+        raise Mistake("requests are preempted", "there was room for all of them, so this load proves nothing")
+
+
+@dataclass
+class Report:
+    """Requests by kind: sent, answered, ended by the client; tokens compared; mistakes."""
+
+    sent: Counter = field(default_factory=Counter)
+    answered: Counter = field(default_factory=Counter)
+    aborted: Counter = field(default_factory=Counter)
+    tokens: Counter = field(default_factory=Counter)
+    mistakes: dict[str, list[str]] = field(default_factory=dict)
+
+    def check(self, function, *arguments) -> None:
+        try:
+            function(*arguments)
+        except Mistake as mistake:
+            self.note(mistake)
+
+    def note(self, mistake: Mistake) -> None:
+        promise, seen = mistake.args
+        self.mistakes.setdefault(promise, []).append(seen)
+
+    def sentences(self) -> list[str]:
+        """One for each promise that was not kept."""
+        return [
+            f"not kept: {promise}: {seen[0]}" + (f" (and {len(seen) - 1} more)." if len(seen) > 1 else ".")
+            for promise, seen in self.mistakes.items()
+        ]
+
+    def table(self) -> str:
+        lines = ["| requests | sent | answered | left by the client | tokens compared |", "|---|---|---|---|---|"]
+        for kind in [*sorted(self.sent), "all"]:
+            columns = (self.sent, self.answered, self.aborted, self.tokens)
+            cells = [column.total() if kind == "all" else column[kind] for column in columns]
+            lines.append(f"| {kind} | {' | '.join(f'{cell:,}' for cell in cells)} |")
+        return "\n".join(lines)
+
+
+class Client:
+    """One request after the other, each of a kind that its generator draws; the methods below are the kinds."""
+
+    def __init__(self, server: Server, reference: Reference, pool: list[Expected], report: Report, seed: str):
+        self.server, self.reference, self.pool, self.report = server, reference, pool, report
+        self.random = Random(seed)
+
+    async def run(self, session: aiohttp.ClientSession, until_s: float) -> None:
+        while time.monotonic() < until_s:
+            self.kind = self.random.choices(list(KINDS), KINDS.values())[0]
+            self.report.sent[self.kind] += 1
+            try:
+                await getattr(self, self.kind)(session)
+            except Mistake as mistake:
+                self.report.note(mistake)
+            except (aiohttp.ClientError, TimeoutError) as error:
+                seen = f"{self.kind}: {type(error).__name__} {error}"
+                self.report.note(Mistake(f"requests are answered within {ANSWER_S} s", seen))
+                await asyncio.sleep(1)
+
+    def draw(self) -> tuple[Expected, int]:
+        """A prompt and how many tokens to ask for."""
+        expected = self.random.choice(self.pool)
+        return expected, self.random.randint(1, len(expected.tokens))
+
+    def post(self, session: aiohttp.ClientSession, expected: Expected, tokens: int, **settings):
+        greedy = dict(temperature=0, ignore_eos=True, return_token_ids=True)
+        body = dict(model=self.server.model, prompt=expected.prompt, max_tokens=tokens) | greedy | settings
+        return session.post(f"{self.server.url}/v1/completions", json=body)
+
+    async def answer(self, session, expected: Expected, tokens: int, **settings) -> list[dict]:
+        """The choices."""
+        async with self.post(session, expected, tokens, **settings) as response:
+            if response.status != 200:
+                text = await response.text()
+                raise Mistake("good requests are answered 200", f"{response.status} for {self.kind}: {text[:200]}")
+            choices = (await response.json())["choices"]
+        self.report.answered[self.kind] += 1
+        return choices
+
+    def compare(self, expected: Expected, served: list[int], tokens: int) -> None:
+        if len(served) != tokens:
+            raise Mistake("answers are whole", f"{len(served)} of {tokens} tokens for {self.kind}")
+        self.report.tokens[self.kind] += tokens
+        self.reference.check_tokens(expected, served)
+
+    async def whole(self, session) -> None:
+        expected, tokens = self.draw()
+        (choice,) = await self.answer(session, expected, tokens)
+        self.compare(expected, choice["token_ids"], tokens)
+
+    async def at_the_limit(self, session) -> None:
+        expected = self.random.choice(self.pool[-2:])
+        tokens = CONTEXT - len(expected.prompt)
+        (choice,) = await self.answer(session, expected, tokens)
+        self.compare(expected, choice["token_ids"], tokens)
+
+    async def several(self, session) -> None:
+        """Sampled among the best one alone: vLLM refuses n > 1 at temperature 0."""
+        expected, tokens = self.draw()
+        for choice in await self.answer(session, expected, tokens, n=3, temperature=1, top_k=1):
+            self.compare(expected, choice["token_ids"], tokens)
+
+    async def scored(self, session) -> None:
+        expected, tokens = self.draw()
+        (choice,) = await self.answer(session, expected, tokens, prompt_logprobs=0)
+        check_logprobs(expected, choice["prompt_logprobs"])
+        self.compare(expected, choice["token_ids"], tokens)
+
+    async def structured(self, session) -> None:
+        expected, _ = self.draw()
+        room = CONTEXT - len(expected.prompt)
+        form = {"choice": CHOICES}
+        (choice,) = await self.answer(
+            session, expected, min(TOKENS, room), ignore_eos=False, structured_outputs=form, temperature=1
+        )
+        text = choice["text"]
+        cut = choice["finish_reason"] == "length"
+        if not any(text == form or cut and form.startswith(text) for form in CHOICES):
+            raise Mistake("structured output has its form", f"{text!r} is none of {', '.join(CHOICES)}")
+
+    async def sampled(self, session) -> None:
+        expected, tokens = self.draw()
+        (choice,) = await self.answer(session, expected, tokens, temperature=1)
+        if len(choice["token_ids"]) != tokens:
+            raise Mistake("answers are whole", f"{len(choice['token_ids'])} of {tokens} tokens for {self.kind}")
+
+    async def streamed(self, session) -> None:
+        expected, tokens = self.draw()
+        async with self.post(session, expected, tokens, stream=True) as response:
+            served = [token async for token in streamed_tokens(response)]
+        self.report.answered[self.kind] += 1
+        self.compare(expected, served, tokens)
+
+    async def aborted(self, session) -> None:
+        """Ask for all that the context has room for, leave after some of it, or before any."""
+        expected, tokens = self.draw()
+        wanted, served = self.random.choice((0, tokens)), []
+        async with self.post(session, expected, CONTEXT - len(expected.prompt), stream=True) as response:
+            if wanted:
+                async for token in streamed_tokens(response):
+                    served.append(token)
+                    if len(served) == wanted:
+                        break
+            response.close()
+        self.report.aborted[self.kind] += 1
+        self.compare(expected, served, wanted)
+
+    async def bad(self, session) -> None:
+        body, word = self.random.choice(BAD)
+        if isinstance(body, dict):
+            body = json.dumps(dict(model=self.server.model, max_tokens=4) | body).encode()
+        headers = {"Content-Type": "application/json"}
+        async with session.post(f"{self.server.url}/v1/completions", data=body, headers=headers) as response:
+            check_refusal(response.status, await response.text(), word)
+        self.report.answered[self.kind] += 1
+
+
+# How often a client draws them, of the sum.
+KINDS = dict(whole=4, streamed=4, aborted=4, at_the_limit=1, several=2, scored=2, structured=2, sampled=1, bad=4)
+
+
+async def streamed_tokens(response: aiohttp.ClientResponse):
+    if response.status != 200:
+        raise Mistake("good requests are answered 200", f"{response.status} for a stream: {await response.text()}")
+    async for line in response.content:
+        event = line.decode().removeprefix("data: ").strip()
+        if not event or event == "[DONE]":
+            continue
+        event = json.loads(event)
+        if "error" in event:
+            raise Mistake("good requests are answered 200", f"a stream ended with {event['error']}")
+        for choice in event["choices"]:
+            for token in choice["token_ids"] or ():
+                yield token
+
+
+async def load(clients: list[Client], seconds: float) -> None:
+    """Returns when the last request has its answer."""
+    async with session() as http:
+        until_s = time.monotonic() + seconds
+        await asyncio.gather(*(client.run(http, until_s) for client in clients))
+
+
+async def warm_up(server: Server, text: list[int]) -> None:
+    """A step of every number of rows, in both decoders: a CPU's matrix products keep code for every shape they saw."""
+    async with session() as http:
+        for rows in range(1, CHUNK + 1):
+            body = dict(model=server.model, prompt=text[rows : 2 * rows], max_tokens=1, prompt_logprobs=0)
+            async with http.post(f"{server.url}/v1/completions", json=body) as response:
+                await response.read()
+
+
+def session() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=ANSWER_S), connector=aiohttp.TCPConnector(limit=0)
+    )
+
+
+def metric(server: Server, name: str) -> float:
+    return sum(server.metric(f"vllm:{name}").values())
+
+
+def idle_usage(server: Server) -> float:
+    """Part of the KV cache in use once nothing runs: aborted requests end a little after their clients have left."""
+    deadline_s = time.monotonic() + IDLE_S
+    while time.monotonic() < deadline_s:
+        if not any(metric(server, f"num_requests_{state}") for state in ("running", "waiting")):
+            break
+        time.sleep(0.5)
+    return metric(server, "kv_cache_usage_perc")
+
+
+def memory(process) -> int:
+    """Bytes that a process and its children have for themselves.
+
+    Not the resident set: that has pages of libraries, which the kernel drops and reads again as it likes (seen: a
+    quarter of it at once), and counts the shared ones once a process.
+    """
+    parent = psutil.Process(process.pid)
+    return sum(each.memory_full_info().uss for each in (parent, *parent.children(recursive=True)))
+
+
+def prompts() -> Iterator[list[int]]:
+    """Of every length; every second one begins as the others do, so that prefixes are found in the cache."""
+    items = [json.loads(line)["context"] for line in TEXT.read_text().splitlines()]
+    text = AutoTokenizer.from_pretrained(CHECKPOINT).encode("\n".join(items))
+    for i, length in enumerate(LENGTHS):
+        start = i % 2 * i
+        yield text[start : start + length]
+
+
+def soak(server: Server, reference: Reference, seconds: float, seed: int) -> Report:
+    pool = [reference.expect(prompt) for prompt in prompts()]
+    report, start = Report(), idle_usage(server)
+    clients = [Client(server, reference, pool, report, f"{seed}/{number}") for number in range(CLIENTS)]
+    asyncio.run(warm_up(server, pool[-1].prompt))
+    asyncio.run(load(clients, seconds / 3))
+    idle_usage(server)
+    warm, before = memory(server.process), metric(server, "num_preemptions_total")
+    asyncio.run(load(clients, seconds * 2 / 3))
+    report.check(check_usage, start, idle_usage(server))
+    end, preemptions = memory(server.process), metric(server, "num_preemptions_total") - before
+    report.check(check_growth, warm, end)
+    report.check(check_preemptions, preemptions)
+    print(report.table())
+    print(f"\n{preemptions:.0f} preemptions; server {warm / 2**20:.0f} MiB when warm, {end / 2**20:.0f} MiB at the end")
+    return report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    # A second thread costs a model of this size more than it brings.
+    torch.set_num_threads(1)
+    seconds = 60 * arguments.minutes
+    reference = Reference()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [VLLM, "serve", str(CHECKPOINT), *SETTINGS.split()]
+        with serving(command, Path(folder) / "log", limit_s=int(seconds) + 600) as server:
+            report = soak(server, reference, seconds, arguments.seed)
+    for sentence in report.sentences():
+        print(sentence, file=sys.stderr)
+    return 1 if report.mistakes else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
