@@ -210,10 +210,11 @@ class YocoUConfig(PreTrainedConfig):
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act is {self.hidden_act!r}: YOCO-U's feed-forward is SwiGLU, set 'silu'.")
         if not isinstance(self.shared_expert_gate, bool | None):
-            raise ValueError(f"shared_expert_gate is {self.shared_expert_gate!r}: it must be true or false, or left out.")
+            raise ValueError(f"shared_expert_gate is {self.shared_expert_gate!r}: set true or false, or leave it out.")
         if not _is_number(self.initializer_range) or not 0 <= self.initializer_range <= LARGEST_FACTOR:
             raise ValueError(
-                f"initializer_range is {self.initializer_range!r}: it must be a number between 0 and {LARGEST_FACTOR:g}."
+                f"initializer_range is {self.initializer_range!r}: "
+                f"it must be a number between 0 and {LARGEST_FACTOR:g}."
             )
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             tokens = getattr(self, key)
