@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from vllm_yocou.checkpoint import check_files
 from vllm_yocou.options import Options
 
 if TYPE_CHECKING:
@@ -32,6 +31,8 @@ logger = logging.getLogger("vllm.plugins.yocou")
 class YocoUEngineConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        from vllm_yocou.checkpoint import check_files
+
         config = model_config.hf_config
         if model_config.disable_sliding_window:
             raise ValueError(
