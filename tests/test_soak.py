@@ -33,7 +33,7 @@ class Model:
     check_tokens = soak.Reference.check_tokens
 
 
-def test_a_minute_of_mixed_clients(tmp_path, capfd):
+def test_a_minute_of_mixed_clients(tmp_path):
     with serving([VLLM, "serve", str(soak.CHECKPOINT), *soak.SETTINGS.split()], tmp_path / "log") as server:
         report = soak.soak(server, soak.Reference(), seconds=60, seed=1)
         assert server.process.poll() is None
