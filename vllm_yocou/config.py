@@ -217,10 +217,12 @@ class YocoUConfig(PreTrainedConfig):
                 f"it must be a number between 0 and {LARGEST_FACTOR:g}."
             )
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            tokens = getattr(self, key)
-            for token in tokens if isinstance(tokens, list) else [tokens]:
-                if token is not None and not (_is_whole(token) and 0 <= token < self.vocab_size):
-                    raise ValueError(f"{key} is {tokens!r}: a token id must be between 0 and {self.vocab_size - 1}.")
+            token = getattr(self, key)
+            several = key == "eos_token_id" and isinstance(token, list) and token
+            if token is not None and not all(
+                _is_whole(each) and 0 <= each < self.vocab_size for each in (token if several else [token])
+            ):
+                raise ValueError(f"{key} is {token!r}: a token id must be between 0 and {self.vocab_size - 1}.")
         for key in ("rms_norm_eps", "embedding_multiplier"):
             value = getattr(self, key)
             if not _is_number(value) or not 0 < value <= LARGEST_FACTOR:
