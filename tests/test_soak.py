@@ -9,9 +9,10 @@ import pytest
 import torch
 from aiohttp import web
 
-from benchmarks import soak
+from benchmarks import promises, soak
+from benchmarks.promises import Expected, Mistake, Reference, Report
 from benchmarks.server import VLLM, Server, free_port, serving
-from benchmarks.soak import Client, Expected, Mistake, Report
+from benchmarks.soak import Client
 
 PROMPT = [5, 6, 7]
 LOGPROBS = [-1.5, -0.25]
@@ -30,12 +31,12 @@ class Model:
             row[best], row[best + 1] = 0, -margin
         return rows
 
-    check_tokens = soak.Reference.check_tokens
+    check_tokens = Reference.check_tokens
 
 
 def test_a_minute_of_mixed_clients(tmp_path):
     with serving([VLLM, "serve", str(soak.CHECKPOINT), *soak.SETTINGS.split()], tmp_path / "log") as server:
-        report = soak.soak(server, soak.Reference(), seconds=60, seed=1)
+        report = soak.soak(server, Reference(soak.CHECKPOINT), seconds=60, seed=1)
         assert server.process.poll() is None
     assert not report.sentences()
     assert set(report.sent) == set(soak.KINDS)
@@ -62,10 +63,10 @@ def given(*logprobs: float) -> list:
 
 
 def test_prompt_logprobs():
-    soak.check_logprobs(EXPECTED, given(*LOGPROBS))
+    promises.check_logprobs(EXPECTED, given(*LOGPROBS))
     for wrong in (given(-1.5, -0.252), given(float("nan"), -0.25), given(-1.5)):
         with pytest.raises(Mistake, match="prompt log probabilities"):
-            soak.check_logprobs(EXPECTED, wrong)
+            promises.check_logprobs(EXPECTED, wrong)
 
 
 def test_refusals():
@@ -73,23 +74,23 @@ def test_refusals():
         return json.dumps({"error": {"message": message}})
 
     sentence = body("top_p must be in (0, 1], got 2.0.")
-    soak.check_refusal(400, sentence, "top_p")
+    promises.check_refusal(400, sentence, "top_p")
     for status, text in [(200, sentence), (500, sentence), (400, body("top_p")), (400, body("a bad request was sent"))]:
         with pytest.raises(Mistake, match="bad requests are answered"):
-            soak.check_refusal(status, text, "top_p")
+            promises.check_refusal(status, text, "top_p")
     for text in ("", "Internal Server Error", "[]", '{"error": null}', body(None)):
         with pytest.raises(Mistake, match="bad requests are answered"):
-            soak.check_refusal(400, text, "top_p")
+            promises.check_refusal(400, text, "top_p")
 
 
 def test_figures_of_the_idle_server():
-    soak.check_usage(0.0, 0.0)
-    soak.check_growth(1000, 1019)
-    soak.check_preemptions(1)
+    promises.check_usage(0.0, 0.0)
+    promises.check_growth(1000, 1019)
+    promises.check_preemptions(1)
     for check, figures, promise in [
-        (soak.check_usage, (0.0, 0.015), "no KV block is leaked"),
-        (soak.check_growth, (1000, 1020), "memory grows by less than 2%"),
-        (soak.check_preemptions, (0,), "requests are preempted"),
+        (promises.check_usage, (0.0, 0.015), "no KV block is leaked"),
+        (promises.check_growth, (1000, 1020), "memory grows by less than 2%"),
+        (promises.check_preemptions, (0,), "requests are preempted"),
     ]:
         with pytest.raises(Mistake, match=promise):
             check(*figures)
@@ -98,8 +99,8 @@ def test_figures_of_the_idle_server():
 def test_every_promise_that_was_not_kept_gets_one_sentence():
     report = Report()
     for end in (0.5, 0.25):
-        report.check(soak.check_usage, 0.0, end)
-    report.check(soak.check_growth, 1000, 1001)
+        report.check(promises.check_usage, 0.0, end)
+    report.check(promises.check_growth, 1000, 1001)
     report.note(Mistake("the sky is blue", "it was grey"))
     assert report.sentences() == [
         "not kept: no KV block is leaked: usage of the idle server went from 0.0 to 0.5 (and 1 more).",
@@ -181,7 +182,7 @@ def test_the_command_says_what_was_not_kept(monkeypatch, capsys, mistakes, code)
     for mistake in mistakes:
         report.note(mistake)
     monkeypatch.setattr(soak, "serving", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(soak, "Reference", Model)
+    monkeypatch.setattr(soak, "Reference", lambda _: Model())
     monkeypatch.setattr(soak, "soak", lambda *_: report)
     monkeypatch.setattr("sys.argv", ["soak"])
     assert soak.main() == code
