@@ -13,7 +13,7 @@ from pathlib import Path
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
 READY = "Application startup complete"
-START_S = 180
+START_S = 300
 
 
 def user_environment() -> dict[str, str]:
@@ -48,7 +48,7 @@ def serving(command: list[str], log: Path, ready: str = READY, limit_s: int = 12
     with log.open("w") as out:
         # `timeout` bounds its life, whatever becomes of this process.
         process = subprocess.Popen(
-            ["timeout", str(limit_s), *command, "--port", str(port)],
+            ["timeout", "--kill-after=30", str(limit_s), *command, "--port", str(port)],
             stdout=out,
             stderr=subprocess.STDOUT,
             env=user_environment(),

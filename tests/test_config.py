@@ -1,12 +1,17 @@
 """Every impossible value is refused with its name, its value and a remedy, however it arrives."""
 
+import dataclasses
 import json
 import logging
 
 import pytest
 import tiny
-from transformers import AutoConfig
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from transformers import AutoConfig, PreTrainedConfig
 
+from vllm_yocou.checkpoint import expected_shapes
 from vllm_yocou.config import FOREIGN_SWITCHES, REQUIRED, YocoUConfig
 
 IMPOSSIBLE = [
@@ -14,6 +19,8 @@ IMPOSSIBLE = [
     (dict(num_iterations=2.5), "num_iterations is 2.5: it must be a whole number"),
     (dict(num_iterations="3"), "num_iterations is '3': it must be a whole number"),
     (dict(num_iterations=True), "num_iterations is True: it must be a whole number"),
+    (dict(num_iterations=10**6), "num_iterations is 1000000: no model has so many, it must be at most 4096"),
+    (dict(vocab_size=2**31), "vocab_size is 2147483648: no model has so many, it must be at most 2147483647"),
     (dict(sliding_window=0), "sliding_window is 0: it must be a whole number of at least 1"),
     (dict(sliding_window=None), "sliding_window is None: it must be a whole number of at least 1"),
     (dict(vocab_size=-5), "vocab_size is -5"),
@@ -25,12 +32,16 @@ IMPOSSIBLE = [
     (dict(cross_head_dim=33, cross_decoder_rope=True), "cross_head_dim is 33: RoPE rotates pairs"),
     (dict(qk_norm="q"), "qk_norm is 'q': choose one of none, self, all"),
     (dict(hidden_act="gelu"), "hidden_act is 'gelu': .* set 'silu'"),
-    (dict(rms_norm_eps=0), "rms_norm_eps is 0: it must be a positive finite number"),
+    (dict(rms_norm_eps=0), "rms_norm_eps is 0: it must be a positive number"),
     (dict(embedding_multiplier=float("inf")), "embedding_multiplier is inf"),
+    (dict(embedding_multiplier=10**400), "embedding_multiplier is 1000.*: it must be a positive number of at most"),
+    (dict(initializer_range="small"), "initializer_range is 'small': it must be a number between 0 and"),
+    (dict(shared_expert_gate=1), "shared_expert_gate is 1: set true or false, or leave it out"),
+    (dict(use_cache="no"), "use_cache is 'no': it must be true or false"),
     (dict(rope_interleaved="yes"), "rope_interleaved is 'yes': it must be true or false"),
     (dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_type is 'yarn': YOCO-U knows"),
     (dict(rope_parameters={"factor": 4.0}), "rope_parameters has 'factor'"),
-    (dict(rope_theta=-1.0), "rope_theta is -1.0"),
+    (dict(rope_theta=-1.0), "rope_theta is -1.0: it must be a number between 1 and 1e\\+30"),
     (dict(num_experts=8), "num_experts given without num_experts_per_tok, moe_intermediate_size"),
     (
         dict(num_experts=4, num_experts_per_tok=5, moe_intermediate_size=8),
@@ -45,6 +56,9 @@ IMPOSSIBLE = [
     (dict(rope_parameters="default"), "rope_parameters is 'default': give a mapping"),
     (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_type is 'yarn'"),
     (dict(pad_token_id=211), "pad_token_id is 211: a token id must be between 0 and 210"),
+    (dict(pad_token_id=[0]), "pad_token_id is .*: a token id must be between 0 and 210"),
+    (dict(eos_token_id=[]), "eos_token_id is .*: a token id must be between 0 and 210"),
+    (dict(eos_token_id=True), "eos_token_id is True: a token id must be between 0 and 210"),
     (dict(eos_token_id=[0, -1]), "eos_token_id is .*: a token id must be between 0 and 210"),
     (dict(d_model=64), "config key 'd_model' is 64: it belongs to another YOCO schema"),
     (dict(universal_loop=3), "config key 'universal_loop' is 3: it belongs to another YOCO schema, convert"),
@@ -162,3 +176,50 @@ def test_impossible_overrides_are_refused_on_loading(tmp_path):
     tiny.config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="num_iterations is 0"):
         YocoUConfig.from_pretrained(tmp_path, num_iterations=0)
+
+
+OWN_KEYS = {field.name for field in dataclasses.fields(YocoUConfig)} - {
+    field.name for field in dataclasses.fields(PreTrainedConfig)
+}
+KEYS = sorted(OWN_KEYS | set(REQUIRED) | {"rope_theta", "rope_scaling"})
+SCALARS = some.one_of(
+    some.none(),
+    some.booleans(),
+    some.integers(-2, 9),
+    some.sampled_from([16, 96, 2**12, 2**31, 10**12, 10**400]),
+    some.floats(),
+    some.text(max_size=5),
+    some.sampled_from(["silu", "none", "self", "all", "default", "yoco2024", "3", "nan"]),
+)
+ANYTHING = some.one_of(
+    SCALARS,
+    some.lists(SCALARS, max_size=3),
+    some.dictionaries(some.sampled_from(["rope_theta", "rope_type", "type", "factor"]), SCALARS, max_size=3),
+)
+# Half of the values are such that some key may have them, or most models would be refused.
+SANE = some.sampled_from([1, 2, 4, 8, 12, 16, 96, 160, 0.5, 1.0, 1e-6, 500.0, True, False, None, "self", "all", "none"])
+VALUES = some.booleans().flatmap(lambda sane: SANE if sane else ANYTHING)
+RUNNABLE = 2**22  # parameters times iterations of a model that a test can afford
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(some.dictionaries(some.sampled_from(KEYS), VALUES, min_size=1, max_size=3), some.booleans(), some.booleans())
+def test_any_values_are_refused_in_a_sentence_or_make_a_model(overrides, moe, late):
+    make = tiny.moe_config if moe else tiny.config
+    try:
+        if late:
+            cfg = make()
+            cfg.update(overrides)
+        else:
+            cfg = make(**overrides)
+    except ValueError as refusal:
+        (sentence,) = str(refusal).splitlines()
+        parts = [*overrides, *(key for value in overrides.values() if isinstance(value, dict) for key in value)]
+        assert any(key in sentence for key in parts), sentence
+        assert sentence.endswith(".") and ": " in sentence
+        return
+    shapes = expected_shapes(cfg).values()
+    if sum(torch.Size(shape).numel() for shape in shapes) * cfg.num_iterations > RUNNABLE:
+        return
+    logits = tiny.model(cfg)(torch.tensor([[0, cfg.vocab_size - 1, cfg.vocab_size // 2]])).logits
+    assert logits.shape == (1, 3, cfg.vocab_size) and logits.isfinite().all()

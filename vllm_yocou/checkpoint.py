@@ -1,12 +1,16 @@
 """The tensors of a YOCO-U checkpoint: their names and shapes follow from the config alone.
 
 Layers are stored once, however large T is. The loader compares what it is given with this table, so a wrong checkpoint
-ends in one error that names the missing, unexpected and misshapen tensors, the first six of each kind.
+ends in one error that names the missing, unexpected and misshapen tensors, the first six of each kind. Damage that
+leaves the names and shapes as they are is seen as far as it makes a file unreadable or a number NaN or infinite.
 """
 
+import json
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from vllm_yocou.config import YocoUConfig
 
@@ -72,16 +76,38 @@ def _swiglu_shapes(prefix: str, D: int, width: int) -> dict[str, tuple[int, ...]
     }
 
 
+def check_files(folder: Path) -> None:
+    """Raise ValueError for a safetensors file that is not there or not whole; reads their headers only.
+
+    The files are those that vLLM would load, long after this; its errors do not name them.
+    """
+    index = folder / "model.safetensors.index.json"
+    files = folder.glob("*.safetensors")
+    if index.exists():
+        try:
+            files = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{index} is no index of safetensors files ({error!r}): fetch or convert the checkpoint again."
+            ) from None
+    for file in sorted(files):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read ({error}): fetch or convert the checkpoint again.") from None
+
+
 def verified(
     weights: Iterable[tuple[str, torch.Tensor]], config: YocoUConfig, quantized: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass on the tensors that fit; then raise ValueError if any was missing, unexpected or misshapen.
+    """Pass on the tensors that fit; then raise ValueError if any was missing, unexpected, misshapen or not finite.
 
     A quantized checkpoint stores several tensors for a matrix, under names of its method. Every matrix must have those
     that others of its kind have: vLLM would leave what is missing of them as it was allocated.
     """
     expected = expected_shapes(config)
-    missing, unexpected, misshapen = set(expected), [], []
+    missing, unexpected, misshapen, not_finite = set(expected), [], [], []
     stored: dict[str, dict[str, torch.dtype]] = {}
     for name, tensor in weights:
         matrix, _, part = name.rpartition(".")
@@ -89,6 +115,8 @@ def verified(
         missing.discard(f"{matrix}.weight" if belongs else name)
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue  # Some writers store tied embeddings twice; the embedding's copy is the one in use.
+        if not _is_finite(tensor):
+            not_finite.append(name)
         if belongs:
             stored.setdefault(matrix, {})[part] = tensor.dtype
         if belongs and part != "weight":
@@ -97,6 +125,8 @@ def verified(
             unexpected.append(name)
         elif tuple(tensor.shape) != expected[name]:
             misshapen.append(f"{name} is {list(tensor.shape)} instead of {list(expected[name])}")
+        elif not quantized and not tensor.is_floating_point():
+            misshapen.append(f"{name} is of {tensor.dtype} instead of a floating-point type")
         else:
             yield name, tensor
     missing.update(_missing_parts(stored))
@@ -104,6 +134,20 @@ def verified(
         raise ValueError(
             f"the checkpoint does not fit its config.json, {problems}. Correct the config or convert again."
         )
+    if not_finite:
+        raise ValueError(
+            f"the checkpoint holds NaN or infinity in {_listed(not_finite)}: its training diverged or the file is "
+            "damaged, fetch or convert it again."
+        )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # The extremes propagate NaN, and are found in the time of a copy; isfinite() takes fifteen times as long. float8
+    # has no extremes of its own.
+    low, high = (tensor if tensor.itemsize > 1 else tensor.bfloat16()).aminmax()
+    return bool(low.isfinite() & high.isfinite())
 
 
 def _missing_parts(stored: dict[str, dict[str, torch.dtype]]) -> Iterator[str]:

@@ -31,7 +31,11 @@ POSITIVE_INTEGERS = REQUIRED + (
     "cross_num_key_value_heads",
     "cross_head_dim",
 )
-BOOLEANS = ("tie_word_embeddings", "rope_interleaved", "cross_decoder_rope", "norm_topk_prob")
+# A number beyond is a slip of the pen, and what is made of it would never end or not fit into any memory.
+MOST_PARTS = 2**12  # layers, iterations, heads, experts: the keys that begin with num_
+LARGEST_SIZE = 2**31 - 1  # what kernels can index
+LARGEST_FACTOR = 1e30  # far from float32's end, beyond which everything would be NaN
+BOOLEANS = ("tie_word_embeddings", "rope_interleaved", "cross_decoder_rope", "norm_topk_prob", "use_cache")
 MOE_KEYS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 QK_NORMS = ("none", "self", "all")
 ROPE_TYPES = ("default", "yoco2024")
@@ -134,6 +138,7 @@ class YocoUConfig(PreTrainedConfig):
         for key in ("num_attention_heads", "num_key_value_heads", "head_dim"):
             if getattr(self, f"cross_{key}") is None:
                 setattr(self, f"cross_{key}", getattr(self, key))
+        self._check_positive_integers(POSITIVE_INTEGERS)  # layer_types, which transformers reads next, needs them
         self.rope_parameters = _rope_parameters(self.rope_parameters, kwargs)
         super().__post_init__(**kwargs)
         self.check()
@@ -170,7 +175,7 @@ class YocoUConfig(PreTrainedConfig):
             if not hasattr(self, key) and key not in ("rope_theta", "quantization_config"):
                 raise ValueError(f"config key '{key}' is unknown to YOCO-U: correct the name of the override.")
         if "rope_theta" in overrides or "rope_parameters" in overrides or "rope_scaling" in overrides:
-            given = _rope_dict(overrides.pop("rope_scaling", None)) | _rope_dict(overrides.pop("rope_parameters", None))
+            given = _taken(overrides, "rope_scaling") | _taken(overrides, "rope_parameters")
             overrides["rope_parameters"] = _rope_parameters(self.rope_parameters | given, overrides, theta_wins=True)
         super().update(overrides)
         self.check()
@@ -204,15 +209,24 @@ class YocoUConfig(PreTrainedConfig):
             raise ValueError(f"qk_norm is {self.qk_norm!r}: choose one of {', '.join(QK_NORMS)}.")
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act is {self.hidden_act!r}: YOCO-U's feed-forward is SwiGLU, set 'silu'.")
+        if not isinstance(self.shared_expert_gate, bool | None):
+            raise ValueError(f"shared_expert_gate is {self.shared_expert_gate!r}: set true or false, or leave it out.")
+        if not _is_number(self.initializer_range) or not 0 <= self.initializer_range <= LARGEST_FACTOR:
+            raise ValueError(
+                f"initializer_range is {self.initializer_range!r}: "
+                f"it must be a number between 0 and {LARGEST_FACTOR:g}."
+            )
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            tokens = getattr(self, key)
-            for token in tokens if isinstance(tokens, list) else [tokens]:
-                if token is not None and not (isinstance(token, int) and 0 <= token < self.vocab_size):
-                    raise ValueError(f"{key} is {tokens!r}: a token id must be between 0 and {self.vocab_size - 1}.")
+            token = getattr(self, key)
+            several = key == "eos_token_id" and isinstance(token, list) and token
+            if token is not None and not all(
+                _is_whole(each) and 0 <= each < self.vocab_size for each in (token if several else [token])
+            ):
+                raise ValueError(f"{key} is {token!r}: a token id must be between 0 and {self.vocab_size - 1}.")
         for key in ("rms_norm_eps", "embedding_multiplier"):
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ValueError(f"{key} is {value!r}: it must be a positive finite number.")
+            if not _is_number(value) or not 0 < value <= LARGEST_FACTOR:
+                raise ValueError(f"{key} is {value!r}: it must be a positive number of at most {LARGEST_FACTOR:g}.")
         self._check_rope()
         self._check_moe()
 
@@ -235,15 +249,18 @@ class YocoUConfig(PreTrainedConfig):
     def _check_positive_integers(self, keys: tuple[str, ...]) -> None:
         for key in keys:
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not _is_whole(value) or value < 1:
                 raise ValueError(f"{key} is {value!r}: it must be a whole number of at least 1.")
+            most = MOST_PARTS if "num_" in key else LARGEST_SIZE
+            if value > most:
+                raise ValueError(f"{key} is {value}: no model has so many, it must be at most {most}.")
 
     def _check_rope(self) -> None:
         rope_type, theta = self.rope_parameters["rope_type"], self.rope_parameters["rope_theta"]
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_type is {rope_type!r}: YOCO-U knows {' and '.join(ROPE_TYPES)}.")
-        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < float("inf"):
-            raise ValueError(f"rope_theta is {theta!r}: it must be a positive finite number.")
+        if not _is_number(theta) or not 1 <= theta <= LARGEST_FACTOR:
+            raise ValueError(f"rope_theta is {theta!r}: it must be a number between 1 and {LARGEST_FACTOR:g}.")
 
     def _check_moe(self) -> None:
         given = [key for key in MOE_KEYS if getattr(self, key) is not None]
@@ -296,9 +313,17 @@ class YocoUConfig(PreTrainedConfig):
         """transformers looks this method up by the name of the RoPE type; `_check_rope` has done the work."""
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or isinstance(value, float)
+
+
 def _rope_parameters(parameters: dict | None, keys: dict[str, Any], theta_wins: bool = False) -> dict[str, Any]:
     """Merge the spellings of the RoPE settings (and take them out of `keys`) into `{rope_type, rope_theta}`."""
-    merged = _rope_dict(keys.pop("rope_scaling", None)) | _rope_dict(parameters)
+    merged = _taken(keys, "rope_scaling") | _taken({"rope_parameters": parameters}, "rope_parameters")
     theta = keys.pop("rope_theta", None)
     if theta is not None and (theta_wins or "rope_theta" not in merged):
         merged["rope_theta"] = theta
@@ -312,7 +337,9 @@ def _rope_parameters(parameters: dict | None, keys: dict[str, Any], theta_wins: 
     return merged
 
 
-def _rope_dict(parameters: Any) -> dict[str, Any]:
+def _taken(keys: dict[str, Any], key: str) -> dict[str, Any]:
+    """The mapping under `key`, which leaves `keys`."""
+    parameters = keys.pop(key, None)
     if parameters is None or isinstance(parameters, dict):
         return dict(parameters or {})
-    raise ValueError(f"rope_parameters is {parameters!r}: give a mapping with rope_theta and rope_type.")
+    raise ValueError(f"{key} is {parameters!r}: give a mapping with rope_theta and rope_type.")

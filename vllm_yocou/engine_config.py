@@ -31,6 +31,8 @@ logger = logging.getLogger("vllm.plugins.yocou")
 class YocoUEngineConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        from vllm_yocou.checkpoint import check_files
+
         config = model_config.hf_config
         if model_config.disable_sliding_window:
             raise ValueError(
@@ -38,6 +40,7 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
                 "fixed size, leave the flag out."
             )
         config.check()  # once more: overrides given as a function bypass YocoUConfig.update
+        check_files(Path(model_config.model))
         if config.shared_expert_intermediate_size is not None and config.shared_expert_gate is None:
             from vllm_yocou.feed_forward import has_shared_expert_gate
 
