@@ -41,3 +41,13 @@ def test_a_second_copy_of_tied_embeddings_is_taken_for_one():
     weights = tiny.model(cfg).state_dict()
     assert "lm_head.weight" in weights
     assert "lm_head.weight" not in dict(verified(weights.items(), cfg))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_scales_of_kv_caches_are_named(quantized):
+    """Nothing would multiply by them: a checkpoint that relies on them must not be served as if it did not."""
+    cfg = tiny.config()
+    scale = "model.self_decoder.layers.0.self_attn.k_scale"
+    weights = tiny.model(cfg).state_dict() | {scale: torch.ones(())}
+    with pytest.raises(ValueError, match=f"unexpected: {scale}"):
+        list(verified(weights.items(), cfg, quantized))

@@ -65,7 +65,7 @@ def read_config(model: str) -> YocoUConfig:
         )
     config = YocoUConfig.from_pretrained(model)
     weights = not Path(model).is_file()  # a config.json alone does not say whether a shared expert is gated
-    if weights and config.shared_expert_intermediate_size is not None and config.shared_expert_gate is None:
+    if weights and config.leaves_gate_to_weights:
         from vllm_yocou.feed_forward import has_shared_expert_gate  # torch takes seconds to import
 
         config.shared_expert_gate = has_shared_expert_gate(model)

@@ -154,6 +154,11 @@ class YocoUConfig(PreTrainedConfig):
         return ["sliding_attention"] * self.num_self_decoder_layers + ["full_attention"] * self.num_cross_decoder_layers
 
     @property
+    def leaves_gate_to_weights(self) -> bool:
+        """Whether nothing but the checkpoint's weights says if the shared expert is gated."""
+        return self.shared_expert_intermediate_size is not None and self.shared_expert_gate is None
+
+    @property
     def is_moe(self) -> bool:
         return self.num_experts is not None
 

@@ -41,7 +41,7 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
             )
         config.check()  # once more: overrides given as a function bypass YocoUConfig.update
         check_files(Path(model_config.model))
-        if config.shared_expert_intermediate_size is not None and config.shared_expert_gate is None:
+        if config.leaves_gate_to_weights:
             from vllm_yocou.feed_forward import has_shared_expert_gate
 
             config.shared_expert_gate = has_shared_expert_gate(model_config.model)

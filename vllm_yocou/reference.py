@@ -182,7 +182,7 @@ class YocoUPreTrainedModel(PreTrainedModel):
             config, kwargs = YocoUConfig.from_pretrained(
                 pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
-        if config.shared_expert_intermediate_size is not None and config.shared_expert_gate is None:
+        if config.leaves_gate_to_weights:
             config.shared_expert_gate = has_shared_expert_gate(pretrained_model_name_or_path)
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
