@@ -21,7 +21,7 @@ from vllm import LLM, SamplingParams
 
 from benchmarks.kv_layout import held_in_decode
 
-BUDGET_BYTES = 1 << 30
+CHUNK, BUDGET_BYTES = 1024, 1 << 30
 OURS, LIKE_PAPER = "YOCO-U", "Transformer, S + C layers"
 PICTURE = Path(__file__).parent / "pictures" / "peers.png"
 
@@ -36,13 +36,13 @@ PAPER_RATIOS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Prompt rounds by length in tokens, and requests of the decode steps; keys and values take `kv_bytes`."""
+    """Prompt rounds by length in tokens, and requests of the decode steps; a pool takes `most_kv_bytes` at most."""
 
     shape: str
     dtype: str
     prompts: dict[int, int]
     batches: tuple[int, ...]
-    kv_bytes: int
+    most_kv_bytes: int
     changed: dict
 
 
@@ -68,13 +68,21 @@ def peers(sizes: Sizes) -> dict[str, tuple[PretrainedConfig, dict]]:
         kept = {key: getattr(ours, key) for key in (*same.split(), "max_position_embeddings")}
         return LlamaConfig(**kept, num_hidden_layers=layers, architectures=[architecture], **more)
 
+    def pool(layers: int) -> dict:
+        """Room for all requests of the longest context in this many layers' caches; some more than YOCO-U needs."""
+        token_bytes = layers * 2 * ours.num_key_value_heads * ours.head_dim * getattr(torch, sizes.dtype).itemsize
+        tokens = max(sizes.batches) * (max(sizes.prompts) + 4 * CHUNK)
+        return dict(kv_cache_memory_bytes=min(sizes.most_kv_bytes, token_bytes * tokens))
+
+    cross = ours.num_cross_decoder_layers
+    naive = dict(additional_config={"yocou": LAYOUTS["naive"]})
     looped = llama(stored, "IQuestLoopCoderForCausalLM", loop_num=2, loop_window_size=ours.sliding_window)
     return {
-        OURS: (ours, {}),
-        "Transformer, S·T + C layers": (llama(passes + ours.num_cross_decoder_layers), {}),
-        LIKE_PAPER: (llama(stored), {}),
-        "YOCO-U, a group for each cache": (ours, dict(additional_config={"yocou": LAYOUTS["naive"]})),
-        "IQuestLoopCoder, 2 · (S + C) passes": (looped, {}),
+        OURS: (ours, pool(passes // 4)),
+        "Transformer, S·T + C layers": (llama(passes + cross), pool(passes + cross)),
+        LIKE_PAPER: (llama(stored), pool(stored)),
+        "YOCO-U, a group for each cache": (ours, pool(passes // 4) | naive),
+        "IQuestLoopCoder, 2 · (S + C) passes": (looped, pool(stored)),
     }
 
 
@@ -173,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = PAPER if parser.parse_args(arguments).paper else SMALL
     longest = max(sizes.prompts)
     settings = dict(dtype=sizes.dtype, max_model_len=longest + 4 * STEPS * ROUNDS + 8, enforce_eager=True)
-    settings |= dict(max_num_batched_tokens=1024, max_num_seqs=max(sizes.batches), kv_cache_memory_bytes=sizes.kv_bytes)
+    settings |= dict(max_num_batched_tokens=CHUNK, max_num_seqs=max(sizes.batches))
     engines = {name: start(cfg, **settings | more) for name, (cfg, more) in peers(sizes).items()}
     first_s = prefill(engines, sizes.prompts)
     step_s = {(tokens, batch): decode(engines, tokens, batch) for tokens in sizes.prompts for batch in sizes.batches}
@@ -187,8 +195,8 @@ def main(arguments: list[str] | None = None) -> None:
         f"{sizes.shape} shape: width {cfg.hidden_size}, S {cfg.num_self_decoder_layers}, "
         f"C {cfg.num_cross_decoder_layers}, T {cfg.num_iterations}, W {cfg.sliding_window}, {cfg.num_attention_heads} "
         f"query and {cfg.num_key_value_heads} KV heads of {cfg.head_dim}; random weights, {sizes.dtype}, eager, chunks "
-        f"of 1024; medians of {'/'.join(map(str, sizes.prompts.values()))} prompts and {STEPS * ROUNDS} steps in turn. "
-        f"KV cache groups: {', '.join(f'{name} {n}' for name, n in groups.items())}."
+        f"of {CHUNK}; medians of {'/'.join(map(str, sizes.prompts.values()))} prompts and {STEPS * ROUNDS} steps, "
+        f"in turn. KV cache groups: {', '.join(f'{name} {n}' for name, n in groups.items())}."
     )
     header = ["tokens", "model", "prefill tokens/s (time to first token)", "YOCO-U / this"]
     for batch in sizes.batches:
