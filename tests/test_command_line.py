@@ -105,12 +105,14 @@ def test_upcycle(tmp_path, capsys, monkeypatch):
     code, printed, _ = run(capsys, monkeypatch, "upcycle", source, destination, *asked, "--dry-run")
     assert code == 0 and not destination.exists()
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
-    assert [row[:2] for row in cells] == [
-        ["self layer 0", "0"],
-        ["self layer 1", "2"],
-        ["global K and V", "2"],
-        ["cross layer 0", "2"],
-        ["cross layer 1", "3"],
+    assert cells == [
+        ["self layer 0", "everything", "0"],
+        ["self layer 1", "everything", "2"],
+        ["global K and V", "norm, k_proj, v_proj", "2"],
+        ["cross layer 0", "norm, q_proj, o_proj", "2"],
+        ["cross layer 0", "norm, mlp", "2"],
+        ["cross layer 1", "norm, q_proj, o_proj", "2"],
+        ["cross layer 1", "norm, mlp", "3"],
     ]
     code, printed, progress = run(capsys, monkeypatch, "upcycle", source, destination, *asked)
     assert code == 0 and "source layer" in printed and "examples/distill.py" in printed and "KiB" in progress

@@ -1,4 +1,4 @@
-"""A YOCO-U model out of a Llama computes what the Llama computes as far as it can; what is no plain Llama is refused."""
+"""A YOCO-U model out of a Llama computes what that does as far as it can; what is no plain Llama is refused."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def test_with_one_cross_layer_it_is_the_llama(changed, tmp_path):
 
 def test_it_is_the_llama_up_to_the_first_cross_layer_and_not_beyond(tmp_path):
     llama = save_llama(tmp_path / "llama")
-    upcycle(tmp_path / "llama", tmp_path / "made", self_layers=2)
+    upcycle(tmp_path / "llama", tmp_path / "made", self_layers=2, attention_from=(2, 3, 4))
     made = YocoUForCausalLM.from_pretrained(tmp_path / "made", dtype=torch.float32).eval()
     theirs = run(llama, output_hidden_states=True).hidden_states  # [i]: the input of layer i
     ours = run(made, output_hidden_states=True).hidden_states
@@ -82,7 +82,7 @@ def test_a_window_is_the_llama_where_the_window_reaches(tmp_path):
     assert (ours[9:] - theirs[9:]).abs().amax(-1).min() > 1e-2
 
 
-# Of layer 3, 4, ... there, written out.
+# Names here and there for the layers of the test below, written out.
 NAMED = {
     "model.embed_tokens.weight": "model.embed_tokens.weight",
     "lm_head.weight": "lm_head.weight",
@@ -92,9 +92,11 @@ NAMED = {
     "model.global_kv.norm.weight": "model.layers.2.input_layernorm.weight",
     "model.global_kv.k_proj.weight": "model.layers.2.self_attn.k_proj.weight",
     "model.global_kv.v_proj.weight": "model.layers.2.self_attn.v_proj.weight",
-    "model.cross_decoder.layers.0.input_layernorm.weight": "model.layers.4.input_layernorm.weight",
-    "model.cross_decoder.layers.0.cross_attn.q_proj.weight": "model.layers.4.self_attn.q_proj.weight",
+    "model.cross_decoder.layers.0.input_layernorm.weight": "model.layers.1.input_layernorm.weight",
+    "model.cross_decoder.layers.0.cross_attn.q_proj.weight": "model.layers.1.self_attn.q_proj.weight",
     "model.cross_decoder.layers.1.cross_attn.o_proj.weight": "model.layers.4.self_attn.o_proj.weight",
+    "model.cross_decoder.layers.1.mlp.up_proj.weight": "model.layers.4.mlp.up_proj.weight",
+    "model.cross_decoder.layers.2.input_layernorm.weight": "model.layers.0.input_layernorm.weight",
     "model.cross_decoder.layers.2.post_attention_layernorm.weight": "model.layers.1.post_attention_layernorm.weight",
     "model.cross_decoder.layers.2.mlp.gate_proj.weight": "model.layers.1.mlp.gate_proj.weight",
 }
@@ -103,7 +105,7 @@ NAMED = {
 def test_chosen_layers(tmp_path):
     """In any order and more than once, in several files."""
     llama = save_llama(tmp_path / "llama").state_dict()
-    chosen = dict(self_from=(3, 0), cross_from=(4, 4, 1), global_from=2)
+    chosen = dict(self_from=(3, 0), global_from=2, attention_from=(1, 4, 0), cross_from=(4, 4, 1))
     plan, _ = upcycle(
         tmp_path / "llama", tmp_path / "made", iterations=3, cross_rope=False, shard_bytes=30_000, **chosen
     )
@@ -123,16 +125,18 @@ def test_chosen_layers(tmp_path):
 @pytest.mark.parametrize(
     "asked, found",
     [
-        (dict(), ([0, 1], [2, 3, 4], 2)),
-        (dict(self_layers=4), ([0, 1, 2, 3], [4], 4)),
-        (dict(self_from=(0, 3)), ([0, 3], [4], 4)),
-        (dict(self_layers=1, cross_from=(2, 4)), ([0], [2, 4], 2)),
-        (dict(self_layers=1, global_from=0), ([0], [1, 2, 3, 4], 0)),
+        (dict(), ([0, 1], 2, [2, 2, 2], [2, 3, 4])),
+        (dict(self_layers=4), ([0, 1, 2, 3], 4, [4], [4])),
+        (dict(self_from=(0, 3)), ([0, 3], 4, [4], [4])),
+        (dict(self_layers=1, cross_from=(2, 4)), ([0], 2, [2, 2], [2, 4])),
+        (dict(self_layers=3, global_from=0), ([0, 1, 2], 0, [0, 0], [3, 4])),
+        (dict(self_layers=3, attention_from=(1, 4)), ([0, 1, 2], 3, [1, 4], [3, 4])),
     ],
 )
 def test_what_was_not_asked_for_follows(asked, found):
     layers = upcycling.choose(5, **asked)
-    assert (list(layers.self_from), list(layers.cross_from), layers.global_from) == found
+    lists = (list(layers.self_from), layers.global_from, list(layers.attention_from), list(layers.cross_from))
+    assert lists == found
 
 
 def test_every_source_tensor_is_used_or_named(tmp_path):
@@ -191,7 +195,7 @@ LLAMA3_ROPE["original_max_position_embeddings"] = 64
         (dict(keys={"rope_parameters": LLAMA3_ROPE}), "'rope_type': 'llama3'"),
         (dict(keys={"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}), "'linear'"),
         (dict(keys={"quantization_config": {"quant_method": "fp8"}}), "'quantization_config'"),
-        (dict(keys={"num_hidden_layers": 6}), "missing: model.layers.5.input_layernorm.weight"),
+        (dict(keys={"num_hidden_layers": 6}), "missing: model.layers.5.mlp.down_proj.weight"),
         (dict(keys={"num_hidden_layers": 4}), "unexpected: model.layers.4.input_layernorm.weight"),
         (dict(keys={"hidden_size": 64}), "model.embed_tokens.weight is [97, 48] instead of [97, 64]"),
         (
@@ -218,9 +222,11 @@ def test_what_is_no_plain_llama_is_refused_by_name(changed, complaint, tmp_path)
         (dict(self_layers=9), "leave 0 of 5 for the cross-decoder"),
         (dict(self_layers=2, self_from=(0,)), "--self-from names 1 layers and --self-layers says 2"),
         (dict(self_from=(0, 5)), "leave 0 of 5"),
-        (dict(self_from=(7,), cross_from=(1,)), "self layer 0 is to come from layer 7: the source has layers 0 to 4"),
-        (dict(cross_from=(3, 5)), "cross layer 1 is to come from layer 5"),
-        (dict(global_from=5), "global K and V is to come from layer 5"),
+        (dict(self_from=(7,), cross_from=(1,)), "self layer 0 (everything) is to come from layer 7: the source has"),
+        (dict(cross_from=(3, 5)), "cross layer 1 (norm, mlp) is to come from layer 5"),
+        (dict(global_from=5), "global K and V (norm, k_proj, v_proj) is to come from layer 5"),
+        (dict(attention_from=(2, 9, 2)), "cross layer 1 (norm, q_proj, o_proj) is to come from layer 9"),
+        (dict(attention_from=(2, 3)), "--attention-from names 2 layers for 3 cross layers"),
     ],
 )
 def test_layers_that_do_not_go_together_are_refused(asked, complaint):

@@ -227,12 +227,24 @@ def upcycle(
         tuple | None,
         typer.Option(parser=layers, metavar="LAYERS", help="Source layers of the self layers, by default the first S."),
     ] = None,
-    cross_from: Annotated[
-        tuple | None,
-        typer.Option(parser=layers, metavar="LAYERS", help="Source layers of the cross layers, by default the rest."),
-    ] = None,
     global_from: Annotated[
         int | None, typer.Option(min=0, help="Source layer of the global K and V, by default the first cross layer's.")
+    ] = None,
+    attention_from: Annotated[
+        tuple | None,
+        typer.Option(
+            parser=layers,
+            metavar="LAYERS",
+            help="Source layers of the cross layers' attention, by default for each the one of the global K and V.",
+        ),
+    ] = None,
+    cross_from: Annotated[
+        tuple | None,
+        typer.Option(
+            parser=layers,
+            metavar="LAYERS",
+            help="Source layers of the cross layers' feed-forward, by default those behind the self layers'.",
+        ),
     ] = None,
     cross_rope: Annotated[bool, typer.Option(help="Rotate the cross-decoder's queries and the global keys.")] = True,
     dtype: StoredType = None,
@@ -251,15 +263,16 @@ def upcycle(
         dtype=dtype and dtype.value,
         self_layers=self_layers,
         self_from=self_from,
-        cross_from=cross_from,
         global_from=global_from,
+        attention_from=attention_from,
+        cross_from=cross_from,
     )
     config = plan.config
     title = f"S = {config.num_self_decoder_layers}, T = {iterations}, W = {window}, "
     title += f"C = {config.num_cross_decoder_layers} {'with RoPE' if cross_rope else 'without RoPE'}"
-    table = Table("YOCO-U", "source layer", "of which", title=title)
-    for here, layer, parts in chosen.rows():
-        table.add_row(here, str(layer), parts)
+    table = Table("YOCO-U", "part", "source layer", title=title)
+    for here, part, layer in chosen.rows():
+        table.add_row(here, part, str(layer))
     Console().print(table)
     print(f"{len(plan.left_out)} tensors of the source are not used.")
     if not dry_run:

@@ -210,15 +210,20 @@ def write(plan: Plan, shard_bytes: int, written: Callable[[int], None]) -> None:
     unfinished.mkdir(parents=True)
     try:
         _write_weights(plan.steps, unfinished, shard_bytes, written)
-        for pattern in COMPANIONS:
-            for file in plan.source.glob(pattern):
-                if file.is_file():
-                    shutil.copy(file, unfinished)
+        copy_companions(plan.source, unfinished)
         plan.config.architectures = ["YocoUForCausalLM"]
         plan.config.save_pretrained(unfinished)
         unfinished.rename(plan.destination)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def copy_companions(source: Path, destination: Path) -> None:
+    """Copy a model's tokenizer, chat template and generation settings."""
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copy(file, destination)
 
 
 def _write_weights(steps: list[Step], folder: Path, shard_bytes: int, written: Callable[[int], None]) -> None:

@@ -1,8 +1,8 @@
 """A YOCO-U model out of a Llama: which of its layers becomes what.
 
-Every tensor of the new model is one of the source's. A self layer takes a whole source layer; a cross layer takes all of
-one but its keys and values; the global K and V, with the norm before them, are those of one source layer, by default of
-the first cross layer's. So with T = 1, RoPE in the cross-decoder and a window that no prompt exceeds, the new model
+Every tensor of the new model is one of the source's. A self layer takes a whole source layer; a cross layer takes all
+of one but its keys and values; the global K and V, with the norm before them, are those of one source layer, by default
+of the first cross layer's. So with T = 1, RoPE in the cross-decoder and a window that no prompt exceeds, the new model
 computes what the source computes up to and including that layer. Every cross layer behind it reads keys and values that
 were not made for it, and every further iteration reads its own output: training has to heal that.
 """
@@ -42,40 +42,54 @@ SHARED_KEYS = (
 
 @dataclass(frozen=True)
 class Layers:
-    """The source layers, counted from 0, of the self layers, of the cross layers, and of the global K and V."""
+    """Where each layer comes from, as numbers of source layers counted from 0.
+
+    Attributes:
+        self_from: of the self layers, all that is in them.
+        global_from: of the global K and V with the norm before them.
+        attention_from: of the cross layers' queries and output, with the norm before them.
+        cross_from: of the rest of the cross layers, the feed-forward with its norm.
+    """
 
     self_from: Sequence[int]
-    cross_from: Sequence[int]
     global_from: int
+    attention_from: Sequence[int]
+    cross_from: Sequence[int]
 
     def origin(self, target: str) -> str:
         """The source's name for the tensor that the YOCO-U checkpoint calls `target`."""
         if found := re.fullmatch(r"model\.(self|cross)_decoder\.layers\.(\d+)\.(.+)", target):
-            chosen = self.self_from if found[1] == "self" else self.cross_from
+            attends = found[3].startswith(("cross_attn.", "input_layernorm."))
+            cross_from = self.attention_from if attends else self.cross_from
+            chosen = self.self_from if found[1] == "self" else cross_from
             return f"model.layers.{chosen[int(found[2])]}.{found[3].replace('cross_attn.', 'self_attn.')}"
         if found := re.fullmatch(r"model\.global_kv\.(.+)", target):
             part = "input_layernorm.weight" if found[1] == "norm.weight" else f"self_attn.{found[1]}"
             return f"model.layers.{self.global_from}.{part}"
         return target
 
-    def rows(self) -> list[tuple[str, int, str]]:
-        """(layer here, source layer, what is taken of it), in the order of computation."""
-        return [
-            *((f"self layer {i}", layer, "everything") for i, layer in enumerate(self.self_from)),
-            ("global K and V", self.global_from, "input_layernorm, k_proj, v_proj"),
-            *((f"cross layer {j}", layer, "norms, q_proj, o_proj, mlp") for j, layer in enumerate(self.cross_from)),
-        ]
+    def rows(self) -> list[tuple[str, str, int]]:
+        """(layer here, part of it, source layer), in the order of computation."""
+        rows = [(f"self layer {i}", "everything", layer) for i, layer in enumerate(self.self_from)]
+        rows.append(("global K and V", "norm, k_proj, v_proj", self.global_from))
+        for j, (attention, rest) in enumerate(zip(self.attention_from, self.cross_from, strict=True)):
+            rows.append((f"cross layer {j}", "norm, q_proj, o_proj", attention))
+            rows.append((f"cross layer {j}", "norm, mlp", rest))
+        return rows
 
 
 def choose(
     source_layers: int,
     self_layers: int | None = None,
     self_from: Sequence[int] | None = None,
-    cross_from: Sequence[int] | None = None,
     global_from: int | None = None,
+    attention_from: Sequence[int] | None = None,
+    cross_from: Sequence[int] | None = None,
 ) -> Layers:
-    """The layers as they were asked for, and where nothing was asked the first S for the self-decoder and all others
-    for the cross-decoder, with the keys and values of its first one.
+    """The layers that were asked for; the rest as benchmarks/upcycling.py found it best.
+
+    By default the first S layers become the self-decoder, all behind them the cross-decoder, and every cross layer
+    attends as the layer does whose keys and values it reads: the first of them.
 
     Raises:
         ValueError: a layer that the source does not have, or lists that do not go together.
@@ -96,12 +110,21 @@ def choose(
             "cross-decoder: both need one, choose --self-layers between 1 and "
             f"{source_layers - 1} or name the layers."
         )
-    layers = Layers(self_from, cross_from, cross_from[0] if global_from is None else global_from)
-    for name, layer, _ in layers.rows():
+    if global_from is None:
+        global_from = cross_from[0]
+    if attention_from is None:
+        attention_from = [global_from] * len(cross_from)
+    if len(attention_from) != len(cross_from):
+        raise ValueError(
+            f"--attention-from names {len(attention_from)} layers for {len(cross_from)} cross layers: name one for "
+            "each."
+        )
+    layers = Layers(self_from, global_from, attention_from, cross_from)
+    for name, part, layer in layers.rows():
         if not 0 <= layer < source_layers:
             raise ValueError(
-                f"{name} is to come from layer {layer}: the source has layers 0 to {source_layers - 1}, choose one "
-                "of them."
+                f"{name} ({part}) is to come from layer {layer}: the source has layers 0 to {source_layers - 1}, "
+                "choose one of them."
             )
     return layers
 
