@@ -21,8 +21,8 @@ from vllm_yocou import upcycling
 from vllm_yocou.reference import YocoUForCausalLM
 
 WINDOW, TOKENS = 128, 256  # W, and tokens of a row
-STEPS, WARMUP = 12, 4  # of one row each
-HELD_OUT = 4
+STEPS, WARMUP = 32, 4  # of one row each
+HELD_OUT = 8
 LEARNING_RATE = 5e-4
 NEXT_TOKEN = 0.1  # weight of the next-token loss beside the divergence from the source
 
@@ -74,7 +74,8 @@ def nats(model, rows: torch.Tensor) -> float:
 def heal(model: YocoUForCausalLM, rows: torch.Tensor, taught: list[torch.Tensor]) -> None:
     """One step for each row (R, N), towards the source's log-probabilities (N, vocab_size)."""
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    settings = dict(lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), **settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
     for row, theirs in zip(rows, taught, strict=True):
         ours = model(row[None], use_cache=False).logits[0].log_softmax(-1)

@@ -40,7 +40,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_yocou import parameters
-from vllm_yocou.config import YocoUConfig
+from vllm_yocou.command_line import read_config
 from vllm_yocou.converter import copy_companions
 from vllm_yocou.reference import YocoUForCausalLM
 
@@ -50,7 +50,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def refuse(reason: str) -> NoReturn:
-    print(f"distill.py: {reason}", file=sys.stderr)
+    print(f"distill.py: {' '.join(reason.split())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -160,24 +160,30 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / quickest_s
 
 
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="the Llama: folder, or name on the hub")
     parser.add_argument("student", type=Path, help="the folder that vllm-yocou upcycle wrote")
     parser.add_argument("output", type=Path, help="folder of the checkpoint to write")
     parser.add_argument("--text", type=Path, nargs="+", required=True)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--sequence", type=int, default=512, help="tokens of a row")
-    parser.add_argument("--batch", type=int, default=1, help="rows a device takes at a time")
-    parser.add_argument("--accumulate", type=int, default=8, help="batches of a step")
+    parser.add_argument("--steps", type=positive, default=1000)
+    parser.add_argument("--sequence", type=positive, default=512, help="tokens of a row")
+    parser.add_argument("--batch", type=positive, default=1, help="rows a device takes at a time")
+    parser.add_argument("--accumulate", type=positive, default=8, help="batches of a step")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--next-token", type=float, default=0.1, help="weight of the next-token loss, 0 to 1")
     parser.add_argument("--hidden", type=float, default=0.0, help="weight of the distance of hidden states")
-    parser.add_argument("--hidden-layer", type=int, help="layers of the source that the self-decoder stands for")
+    parser.add_argument("--hidden-layer", type=positive, help="layers of the source that the self-decoder stands for")
     parser.add_argument("--precision", choices=DTYPES, default="float32", help="mixed with float32 weights")
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--held-out", type=int, default=32, help="rows")
-    parser.add_argument("--every", type=int, default=100, help="steps between evaluations, each of which is saved")
+    parser.add_argument("--held-out", type=positive, default=32, help="rows")
+    parser.add_argument("--every", type=positive, default=100, help="steps between evaluations, each of which is saved")
     parser.add_argument("--resume", action="store_true", help="go on from the last step saved under OUTPUT/steps")
     return parser.parse_args()
 
@@ -211,20 +217,37 @@ def training_arguments(arguments: argparse.Namespace) -> TrainingArguments:
     )
 
 
-def main() -> None:
-    arguments = parse()
-    steps = arguments.output / "steps"
-    last = get_last_checkpoint(str(steps)) if arguments.resume and steps.is_dir() else None
-    if arguments.resume and last is None:
-        refuse(f"{steps} holds no step to resume from: leave out --resume.")
-    dtype = YocoUConfig.from_pretrained(arguments.student).dtype
-    student = YocoUForCausalLM.from_pretrained(arguments.student, dtype=torch.float32)
-    teacher = AutoModelForCausalLM.from_pretrained(arguments.source, dtype=DTYPES[arguments.precision]).eval()
+def load(arguments: argparse.Namespace) -> tuple[YocoUForCausalLM, PreTrainedModel, torch.dtype]:
+    """Student in float32, source in the precision that was asked for, and the dtype that the student is stored in."""
+    try:
+        dtype = read_config(str(arguments.student)).dtype
+        student = YocoUForCausalLM.from_pretrained(arguments.student, dtype=torch.float32)
+        teacher = AutoModelForCausalLM.from_pretrained(arguments.source, dtype=DTYPES[arguments.precision]).eval()
+    except (OSError, ValueError) as error:
+        refuse(str(error))
     if teacher.config.vocab_size != student.config.vocab_size:
         refuse(
             f"{arguments.source} has {teacher.config.vocab_size} tokens and {arguments.student} "
             f"{student.config.vocab_size}: give the model that the student was made of."
         )
+    return student, teacher, dtype or torch.float32
+
+
+def main() -> None:
+    arguments = parse()
+    try:
+        distil(arguments)
+    except KeyboardInterrupt:
+        refuse("interrupted: the same command with --resume goes on from the last step that was saved.")
+
+
+def distil(arguments: argparse.Namespace) -> None:
+    """Train, and write what the module's docstring promises."""
+    steps = arguments.output / "steps"
+    last = get_last_checkpoint(str(steps)) if arguments.resume and steps.is_dir() else None
+    if arguments.resume and last is None:
+        refuse(f"{steps} holds no step to resume from: leave out --resume.")
+    student, teacher, dtype = load(arguments)
     layer = arguments.hidden_layer or student.config.num_self_decoder_layers
     if layer > teacher.config.num_hidden_layers:
         refuse(f"{arguments.source} has {teacher.config.num_hidden_layers} layers, no {layer}: change --hidden-layer.")
@@ -269,7 +292,7 @@ def main() -> None:
         "model_flops_utilisation": round(achieved / peak, 4),
         "history": history,
     }
-    student.to(dtype or torch.float32).save_pretrained(arguments.output)
+    student.to(dtype).save_pretrained(arguments.output)
     copy_companions(arguments.student, arguments.output)
     loss.draw(history, arguments.output / "loss.png", "Healing by distillation", {"held out, source": nats["source"]})
     (arguments.output / "distillation.json").write_text(json.dumps(report, indent=1) + "\n")

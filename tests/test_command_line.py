@@ -106,16 +106,14 @@ def test_upcycle(tmp_path, capsys, monkeypatch):
     assert code == 0 and not destination.exists()
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
     assert cells == [
-        ["self layer 0", "everything", "0"],
-        ["self layer 1", "everything", "2"],
-        ["global K and V", "norm, k_proj, v_proj", "2"],
-        ["cross layer 0", "norm, q_proj, o_proj", "2"],
-        ["cross layer 0", "norm, mlp", "2"],
-        ["cross layer 1", "norm, q_proj, o_proj", "2"],
-        ["cross layer 1", "norm, mlp", "3"],
+        ["self layer 0", "layer 0", "layer 0"],
+        ["self layer 1", "layer 2", "layer 2"],
+        ["global K and V", "layer 2", ""],
+        ["cross layer 0", "layer 2", "layer 2"],
+        ["cross layer 1", "layer 2", "layer 3"],
     ]
     code, printed, progress = run(capsys, monkeypatch, "upcycle", source, destination, *asked)
-    assert code == 0 and "source layer" in printed and "examples/distill.py" in printed and "KiB" in progress
+    assert code == 0 and "global K and V" in printed and "examples/distill.py" in printed and "KiB" in progress
     code, printed, _ = run(capsys, monkeypatch, "info", destination, "--json")
     assert (json.loads(printed)["iterations"], json.loads(printed)["sliding_window"]) == (2, 8)
     code, _, error = run(capsys, monkeypatch, "upcycle", source, destination, *asked)

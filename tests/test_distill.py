@@ -140,6 +140,7 @@ def test_operations_of_a_step_are_those_that_torch_counts(distill, material):
         (["--text", "absent.txt"], "absent.txt is no file that ends in .txt, .jsonl, .parquet"),
         (["--sequence", "5000"], "none to train on: give more"),
         (["--hidden-layer", "6"], "has 5 layers, no 6"),
+        (["--batch", "0"], "invalid positive value: '0'"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(settings, complaint, distill, material, tmp_path, monkeypatch, capsys):
@@ -147,3 +148,14 @@ def test_what_cannot_be_is_refused_in_a_line(settings, complaint, distill, mater
         run(distill, monkeypatch, material, tmp_path / "healed", *settings)
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert exit.value.code == 2 and last.startswith("distill.py: ") and complaint in last
+
+
+@pytest.mark.parametrize("source, student", [("llama", "llama"), ("absent", "made"), ("llama", "absent")])
+def test_what_is_no_model_is_refused_in_a_line(source, student, distill, material, tmp_path, monkeypatch, capsys):
+    command = ["distill.py", material / source, material / student, tmp_path, "--text", material / "text.txt"]
+    monkeypatch.setattr("sys.argv", list(map(str, command)))
+    with pytest.raises(SystemExit) as exit:
+        distill.main()
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    named = "of model_type 'llama'" if source == student else "absent"
+    assert exit.value.code == 2 and last.startswith("distill.py: ") and named in last

@@ -270,9 +270,9 @@ def upcycle(
     config = plan.config
     title = f"S = {config.num_self_decoder_layers}, T = {iterations}, W = {window}, "
     title += f"C = {config.num_cross_decoder_layers} {'with RoPE' if cross_rope else 'without RoPE'}"
-    table = Table("YOCO-U", "part", "source layer", title=title)
-    for here, part, layer in chosen.rows():
-        table.add_row(here, part, str(layer))
+    table = Table("YOCO-U", "attention, its norm", "feed-forward, its norm", title=title)
+    for here, attention, feed_forward in chosen.rows():
+        table.add_row(here, f"layer {attention}", "" if feed_forward is None else f"layer {feed_forward}")
     Console().print(table)
     print(f"{len(plan.left_out)} tensors of the source are not used.")
     if not dry_run:

@@ -68,14 +68,16 @@ class Layers:
             return f"model.layers.{self.global_from}.{part}"
         return target
 
-    def rows(self) -> list[tuple[str, str, int]]:
-        """(layer here, part of it, source layer), in the order of computation."""
-        rows = [(f"self layer {i}", "everything", layer) for i, layer in enumerate(self.self_from)]
-        rows.append(("global K and V", "norm, k_proj, v_proj", self.global_from))
-        for j, (attention, rest) in enumerate(zip(self.attention_from, self.cross_from, strict=True)):
-            rows.append((f"cross layer {j}", "norm, q_proj, o_proj", attention))
-            rows.append((f"cross layer {j}", "norm, mlp", rest))
-        return rows
+    def rows(self) -> list[tuple[str, int, int | None]]:
+        """(layer here, source of its attention, source of its feed-forward), in the order of computation."""
+        return [
+            *((f"self layer {i}", layer, layer) for i, layer in enumerate(self.self_from)),
+            ("global K and V", self.global_from, None),
+            *(
+                (f"cross layer {j}", *pair)
+                for j, pair in enumerate(zip(self.attention_from, self.cross_from, strict=True))
+            ),
+        ]
 
 
 def choose(
@@ -120,12 +122,13 @@ def choose(
             "each."
         )
     layers = Layers(self_from, global_from, attention_from, cross_from)
-    for name, part, layer in layers.rows():
-        if not 0 <= layer < source_layers:
-            raise ValueError(
-                f"{name} ({part}) is to come from layer {layer}: the source has layers 0 to {source_layers - 1}, "
-                "choose one of them."
-            )
+    for name, *chosen in layers.rows():
+        for layer in filter(None, chosen):
+            if layer >= source_layers:
+                raise ValueError(
+                    f"{name} is to come from layer {layer}: the source has layers 0 to {source_layers - 1}, choose "
+                    "one of them."
+                )
     return layers
 
 
