@@ -66,9 +66,9 @@ def build(source: Path, iterations: int = 1, cross_rope: bool = True, scale: flo
 
 
 @torch.inference_mode()
-def nats(model, rows: torch.Tensor) -> float:
-    """Mean next-token loss of rows (R, N)."""
-    return sum(model(row[None], labels=row[None], use_cache=False).loss.item() for row in rows) / len(rows)
+def nats(model, rows: torch.Tensor) -> torch.Tensor:
+    """Next-token loss of each of the rows (R, N), as (R,)."""
+    return torch.tensor([model(row[None], labels=row[None], use_cache=False).loss.item() for row in rows])
 
 
 def heal(model: YocoUForCausalLM, rows: torch.Tensor, taught: list[torch.Tensor]) -> None:
@@ -104,24 +104,32 @@ def main() -> None:
     training, held_out = rows[~is_held_out], rows[is_held_out]
 
     teacher = AutoModelForCausalLM.from_pretrained(arguments.source, dtype=torch.float32).eval()
-    table = [["the source itself", "", "", f"{nats(teacher, held_out):.2f}", ""]]
+    table = [["the source itself", "", "", f"{nats(teacher, held_out).mean():.2f}", "", ""]]
     with torch.inference_mode():
         taught = [teacher(row[None], use_cache=False).logits[0].log_softmax(-1).bfloat16() for row in training]
     healed, started = choices(teacher.config.num_hidden_layers)
     del teacher
+    first = None
     for name, choice in (healed | started).items():
+        start_s = time.perf_counter()
         model = build(arguments.source, **choice)
-        config, start_s = model.config, time.perf_counter()
+        config = model.config
         row = [name, f"{config.num_self_decoder_layers} + {config.num_cross_decoder_layers}", config.num_iterations]
-        row.append(f"{nats(model, held_out):.2f}")
+        row.append(f"{nats(model, held_out).mean():.2f}")
         if name in healed:
             heal(model, training, taught)
-            row.append(f"{nats(model, held_out):.2f}")
-        table.append(row + [""] * (5 - len(row)))
+            after = nats(model, held_out)
+            first = after if first is None else first
+            error = (after - first).std() / len(after) ** 0.5
+            row += [f"{after.mean():.2f}", "" if after is first else f"{(after - first).mean():+.3f} ± {error:.3f}"]
+        table.append(row + [""] * (6 - len(row)))
         print(*row, f"{time.perf_counter() - start_s:.0f} s", sep=" | ", file=sys.stderr, flush=True)
     note = f"Rows of {TOKENS} tokens, W = {WINDOW}, float32. Held out: {HELD_OUT * (TOKENS - 1)} tokens. "
-    note += f"Healing: {STEPS} steps of a row ({STEPS * TOKENS} tokens), AdamW at {LEARNING_RATE}."
-    header = ["start", "S + C", "T", "nats a token at the start", "after healing"]
+    note += (
+        f"Healing: {STEPS} steps of a row ({STEPS * TOKENS} tokens), AdamW at {LEARNING_RATE}. ±: standard error over "
+    )
+    note += "the held-out rows."
+    header = ["start", "S + C", "T", "nats a token at the start", "after healing", "against the first"]
     print_table("Upcycling", note, header, table)
 
 
