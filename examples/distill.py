@@ -294,7 +294,8 @@ def distil(arguments: argparse.Namespace) -> None:
     }
     student.to(dtype).save_pretrained(arguments.output)
     copy_companions(arguments.student, arguments.output)
-    loss.draw(history, arguments.output / "loss.png", "Healing by distillation", {"held out, source": nats["source"]})
+    names = dict(training="training (the sum of all terms)", levels={"held out, source": nats["source"]})
+    loss.draw(history, arguments.output / "loss.png", "Healing by distillation", **names)
     (arguments.output / "distillation.json").write_text(json.dumps(report, indent=1) + "\n")
     print("held-out perplexity:", report["held_out_perplexity"])
     print(

@@ -16,15 +16,17 @@ def nats(model: PreTrainedModel, rows: list[torch.Tensor]) -> float:
     return total / sum(len(row) - 1 for row in rows)
 
 
-def draw(history: list[dict], path: Path, title: str, levels: dict[str, float] | None = None) -> None:
-    """The curves of a Trainer's `log_history`, and a horizontal line for each of `levels`, as a PNG."""
+def draw(
+    history: list[dict], path: Path, title: str, training: str = "training", levels: dict[str, float] | None = None
+) -> None:
+    """The curves of a Trainer's `log_history`, with the name of the first, and a line for each of `levels`, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for key, label in (("loss", "training"), ("eval_loss", "held out")):
+    for key, label in (("loss", training), ("eval_loss", "held out")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         axes.plot(*zip(*points, strict=True), label=label, marker="o" if key == "eval_loss" else None)
     for label, level in (levels or {}).items():
