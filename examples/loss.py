@@ -19,7 +19,7 @@ def nats(model: PreTrainedModel, rows: list[torch.Tensor]) -> float:
 def draw(
     history: list[dict], path: Path, title: str, training: str = "training", levels: dict[str, float] | None = None
 ) -> None:
-    """The curves of a Trainer's `log_history`, with the name of the first, and a line for each of `levels`, as a PNG."""
+    """Curves of a Trainer's `log_history`, `training` naming the first, and a line for each of `levels`, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
