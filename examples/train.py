@@ -15,6 +15,7 @@ import random
 from pathlib import Path
 
 import corpus
+import loss
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
@@ -114,13 +115,6 @@ def pieces(tokenizer, chapters: list[corpus.Chapter]) -> list[torch.Tensor]:
     return [row for row in rows if len(row) > 1]
 
 
-@torch.inference_mode()
-def model_nats(model: YocoUForCausalLM, rows: list[torch.Tensor]) -> float:
-    """Mean negative log-likelihood of a scored token."""
-    total = sum(model(row[None], labels=row[None], use_cache=False).loss.item() * (len(row) - 1) for row in rows)
-    return total / sum(len(row) - 1 for row in rows)
-
-
 def ngram_nats(training: torch.Tensor, rows: list[torch.Tensor]) -> tuple[float, float]:
     """The same figure for a unigram (add one) and a bigram model (absolute discounting, back-off to the unigram)."""
     V, discount = VOCABULARY, 0.75
@@ -133,22 +127,6 @@ def ngram_nats(training: torch.Tensor, rows: list[torch.Tensor]) -> tuple[float,
     second = torch.cat([row[1:] for row in rows])
     bigram = (pairs_VV[first, second] - discount).clamp(min=0) / seen_V[first] + back_off_V[first] * unigram_V[second]
     return -unigram_V[second].log().mean().item(), -bigram.log().mean().item()
-
-
-def draw_loss(history: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for key, label in (("loss", "training"), ("eval_loss", "held out")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        axes.plot(*zip(*points, strict=True), label=label, marker="o" if key == "eval_loss" else None)
-    axes.set(xlabel="step", ylabel="nats per token", title="YOCO-U on the King James Bible")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def main() -> None:
@@ -204,11 +182,11 @@ def main() -> None:
     GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=end, **sampling).save_pretrained(
         arguments.output
     )
-    draw_loss(trainer.state.log_history, arguments.output / "loss.png")
+    loss.draw(trainer.state.log_history, arguments.output / "loss.png", "YOCO-U on the King James Bible")
 
     saved = YocoUForCausalLM.from_pretrained(arguments.output, dtype=torch.float32).eval()
     unigram, bigram = ngram_nats(torch.tensor([t for c in training for t in plain(tokenizer, c)]), rows)
-    nats = {"unigram": unigram, "bigram": bigram, f"YOCO-U, T = {arguments.iterations}": model_nats(saved, rows)}
+    nats = {"unigram": unigram, "bigram": bigram, f"YOCO-U, T = {arguments.iterations}": loss.nats(saved, rows)}
     report = {
         "settings": {name: getattr(arguments, name) for name in ("iterations", "steps", "batch", "learning_rate")},
         "parameters": sum(parameter.numel() for parameter in saved.parameters()),

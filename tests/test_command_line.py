@@ -9,6 +9,7 @@ import foreign_sources as sources
 import pytest
 import tiny
 from checkout import TRAINED
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_yocou import command_line
 from vllm_yocou.kv_bytes import KVBytes
@@ -95,6 +96,30 @@ def test_convert(tmp_path, capsys, monkeypatch):
     assert code == 2 and "is there already" in error and len(error.splitlines()) == 1
 
 
+def test_upcycle(tmp_path, capsys, monkeypatch):
+    source, destination = tmp_path / "llama", tmp_path / "made"
+    sizes = dict(vocab_size=31, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=4)
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(source)
+    capsys.readouterr()
+    asked = ("--iterations", 2, "--window", 8, "--self-from", "0,2", "--cross-from", "2-3", "--no-cross-rope")
+    code, printed, _ = run(capsys, monkeypatch, "upcycle", source, destination, *asked, "--dry-run")
+    assert code == 0 and not destination.exists()
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
+    assert cells == [
+        ["self layer 0", "layer 0", "layer 0"],
+        ["self layer 1", "layer 2", "layer 2"],
+        ["global K and V", "layer 2", ""],
+        ["cross layer 0", "layer 2", "layer 2"],
+        ["cross layer 1", "layer 2", "layer 3"],
+    ]
+    code, printed, progress = run(capsys, monkeypatch, "upcycle", source, destination, *asked)
+    assert code == 0 and "global K and V" in printed and "examples/distill.py" in printed and "KiB" in progress
+    code, printed, _ = run(capsys, monkeypatch, "info", destination, "--json")
+    assert (json.loads(printed)["iterations"], json.loads(printed)["sliding_window"]) == (2, 8)
+    code, _, error = run(capsys, monkeypatch, "upcycle", source, destination, *asked)
+    assert code == 2 and "is there already" in error and len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
@@ -118,6 +143,14 @@ def test_convert(tmp_path, capsys, monkeypatch):
         (["convert", "{}/config.json", "{}/new"], "holds no weights"),
         (["convert", "{}/cut-short", "{}/new"], "params.json is not JSON"),
         (["convert", "{}", "{}/new", "--dtype", "int8"], "'int8' is not one of"),
+        (["upcycle", "{}", "{}/new", "--iterations", "2"], "of model_type 'yoco_u': upcycle makes YOCO-U from 'llama'"),
+        (["upcycle", "{}/absent", "{}/new", "--iterations", "2"], "has no config.json"),
+        (["upcycle", "{}/broken", "{}/new", "--iterations", "2"], "config.json is not JSON"),
+        (["upcycle", "{}/other", "{}/new", "--iterations", "2"], "holds no weights"),
+        (["upcycle", "{}/other", "{}/new", "--iterations", "0"], "Invalid value for '--iterations'"),
+        (["upcycle", "{}/other", "{}/new", "--iterations", "2", "--self-from", "3-"], "'3-' is neither a layer's"),
+        (["upcycle", "{}/other", "{}/new", "--iterations", "2", "--cross-from", "9-3"], "'9-3' is neither a layer's"),
+        (["upcycle", "{}/other", "{}/new", "--iterations", "2", "--self-layers", "32"], "choose --self-layers between"),
         (["kv", "{}", "--nonsense"], "No such option"),
         (["nonsense"], "No such command"),
     ],

@@ -32,3 +32,9 @@ def test_attention_operations():
     cfg = tiny.config()  # T·S = 6 windows of 16, two cross layers; 4 heads of 32
     assert parameters.flops(cfg, 10) - parameters.flops(cfg, 0) == 4 * 4 * 32 * (6 * 10 + 2 * 10)
     assert parameters.flops(cfg, 100) - parameters.flops(cfg, 0) == 4 * 4 * 32 * (6 * 16 + 2 * 100)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 50])
+def test_operations_of_a_row(tokens):
+    cfg = tiny.config()  # W 16
+    assert parameters.row_flops(cfg, tokens) == sum(parameters.flops(cfg, n) for n in range(1, tokens + 1))

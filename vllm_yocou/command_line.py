@@ -158,12 +158,18 @@ def info(
     Console().print(table)
 
 
+Destination = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write, which must not be there yet.")]
+StoredType = Annotated[WeightType | None, typer.Option(help="Data type of the weights, by default as they are.")]
+ShardSize = Annotated[int, typer.Option(parser=size, metavar="BYTES", help="Largest file.")]
+LARGEST_SHARD = 5 << 30
+
+
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the authors' or of a 2024 YOCO checkpoint.")],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write, which must not be there yet.")],
-    dtype: Annotated[WeightType | None, typer.Option(help="Data type of the weights, by default as they are.")] = None,
-    shard_size: Annotated[int, typer.Option(parser=size, metavar="BYTES", help="Largest file.")] = 5 << 30,
+    destination: Destination,
+    dtype: StoredType = None,
+    shard_size: ShardSize = LARGEST_SHARD,
     context: Annotated[
         int | None, typer.Option(parser=size, metavar="TOKENS", help="Longest context, if the source does not say.")
     ] = None,
@@ -180,13 +186,98 @@ def convert(
         for name, reason in plan.left_out.items():
             print(f"{name} -> left out: {reason}")
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(escape(str(destination)), total=sum(step.bytes for step in plan.steps))
-        converter.write(plan, shard_size, lambda written: progress.advance(task, written))
+    write(plan, shard_size)
     for name, reason in plan.left_out.items():
         print(f"left out: {name} ({reason})")
     print(f"{destination}: {len(plan.steps)} tensors, ready for vllm serve.")
+
+
+def write(plan, shard_size: int) -> None:
+    """Carry out a converter.Plan behind a progress bar."""
+    from vllm_yocou import converter
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(escape(str(plan.destination)), total=sum(step.bytes for step in plan.steps))
+        converter.write(plan, shard_size, lambda written: progress.advance(task, written))
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """Layer numbers and ranges, both ends included: 0-9,12,14."""
+    found = []
+    for part in str(text).split(","):
+        ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
+        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
+        if last < first:
+            raise typer.BadParameter(f"'{part}' is neither a layer's number nor a range of them, as in 0-9,12,14.")
+        found.extend(range(first, last + 1))
+    return tuple(found)
+
+
+@app.command()
+def upcycle(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Llama in Hugging Face's format.")],
+    destination: Destination,
+    iterations: Annotated[int, typer.Option(min=1, help="T, how often the self-decoder runs.")],
+    self_layers: Annotated[
+        int | None, typer.Option(min=1, help="S, layers of the self-decoder, by default half of the source's.")
+    ] = None,
+    window: Annotated[int, typer.Option(min=1, help="W, tokens that a self layer sees, itself included.")] = 512,
+    self_from: Annotated[
+        tuple | None,
+        typer.Option(parser=layers, metavar="LAYERS", help="Source layers of the self layers, by default the first S."),
+    ] = None,
+    global_from: Annotated[
+        int | None, typer.Option(min=0, help="Source layer of the global K and V, by default the first cross layer's.")
+    ] = None,
+    attention_from: Annotated[
+        tuple | None,
+        typer.Option(
+            parser=layers,
+            metavar="LAYERS",
+            help="Source layers of the cross layers' attention, by default for each the one of the global K and V.",
+        ),
+    ] = None,
+    cross_from: Annotated[
+        tuple | None,
+        typer.Option(
+            parser=layers,
+            metavar="LAYERS",
+            help="Source layers of the cross layers' feed-forward, by default those behind the self layers'.",
+        ),
+    ] = None,
+    cross_rope: Annotated[bool, typer.Option(help="Rotate the cross-decoder's queries and the global keys.")] = True,
+    dtype: StoredType = None,
+    shard_size: ShardSize = LARGEST_SHARD,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print which layer would become what.")] = False,
+) -> None:
+    """Make a YOCO-U checkpoint out of the layers of a Llama. It has to be trained before it is of use."""
+    from vllm_yocou import upcycling
+
+    plan, chosen = upcycling.plan(
+        source,
+        destination,
+        iterations=iterations,
+        window=window,
+        cross_rope=cross_rope,
+        dtype=dtype and dtype.value,
+        self_layers=self_layers,
+        self_from=self_from,
+        global_from=global_from,
+        attention_from=attention_from,
+        cross_from=cross_from,
+    )
+    config = plan.config
+    title = f"S = {config.num_self_decoder_layers}, T = {iterations}, W = {window}, "
+    title += f"C = {config.num_cross_decoder_layers} {'with RoPE' if cross_rope else 'without RoPE'}"
+    table = Table("YOCO-U", "attention, its norm", "feed-forward, its norm", title=title)
+    for here, attention, feed_forward in chosen.rows():
+        table.add_row(here, f"layer {attention}", "" if feed_forward is None else f"layer {feed_forward}")
+    Console().print(table)
+    print(f"{len(plan.left_out)} tensors of the source are not used.")
+    if not dry_run:
+        write(plan, shard_size)
+        print(f"{destination}: {len(plan.steps)} tensors. Heal it with examples/distill.py before you serve it.")
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from vllm_yocou.checkpoint import deviations, expected_shapes
 from vllm_yocou.config import YocoUConfig
-from vllm_yocou.foreign import Foreign, recognise
+from vllm_yocou.foreign import recognise
 from vllm_yocou.rope import inverse_frequencies
 
 PICKLES = (".bin", ".pt", ".pth")
@@ -80,47 +80,70 @@ def plan(source: Path, destination: Path, dtype: str | None = None, context: int
         ValueError: the source cannot be read, is of another kind, or its tensors do not fit its config; or
             `destination` is there already.
     """
-    if destination.exists():
-        raise ValueError(f"{destination} is there already: give a folder that is not.")
     tensors = read_tensors(source)
     foreign = recognise(source, set(tensors), _tied(tensors), context)
-    renamed, left_out = _renamed(tensors, foreign)
-    # The format says by the weights alone whether a shared expert is gated.
     expected = expected_shapes(foreign.config)
-    foreign.config.shared_expert_gate = None
-    foreign.config.dtype = dtype or str(renamed[next(iter(expected))][1].dtype).removeprefix("torch.")
-    steps = [
-        Step(renamed[target][0], target, renamed[target][1], DTYPES[dtype] if dtype else renamed[target][1].dtype)
-        for target in expected
-    ]
-    return Plan(source, destination, foreign.config, steps, left_out)
-
-
-def _renamed(
-    tensors: dict[str, SourceTensor], foreign: Foreign
-) -> tuple[dict[str, tuple[str, SourceTensor]], dict[str, str]]:
-    """Name here -> (name there, tensor), complete; and what was left out. Raises ValueError for anything else."""
-    expected = expected_shapes(foreign.config)
-    renamed, left_out, unexpected, misshapen = {}, {}, [], []
-    missing = set(expected)
+    origins, left_out, unexpected = {}, {}, []
     for name, tensor in tensors.items():
         target = foreign.rename(name)
-        missing.discard(target)
-        if name.endswith("rotary_emb.inv_freq") and _is_the_configs(tensor, foreign.config):
-            left_out[name] = "follows from the config"
-        elif target == "lm_head.weight" and foreign.config.tie_word_embeddings:
-            left_out[name] = "a second copy of the tied embeddings"
-        elif target not in expected:
+        if reason := redundant(name, tensor, foreign.config, is_head=target == "lm_head.weight"):
+            left_out[name] = reason
+        elif target in expected:
+            origins[target] = name
+        else:
             unexpected.append(name)
-        elif tensor.shape != expected[target]:
-            misshapen.append(f"{name} is {list(tensor.shape)} instead of {list(expected[target])}")
+    return assemble(source, destination, foreign.config, tensors, origins, left_out, unexpected, dtype)
+
+
+def redundant(name: str, tensor: SourceTensor, config: YocoUConfig, is_head: bool) -> str | None:
+    """Why a tensor of a source holds nothing of its own, if it does not."""
+    if name.endswith("rotary_emb.inv_freq") and _is_the_configs(tensor, config):
+        return "follows from the config"
+    return "a second copy of the tied embeddings" if is_head and config.tie_word_embeddings else None
+
+
+def assemble(
+    source: Path,
+    destination: Path,
+    config: YocoUConfig,
+    tensors: dict[str, SourceTensor],
+    origins: dict[str, str],
+    left_out: dict[str, str],
+    unexpected: list[str],
+    dtype: str | None,
+) -> Plan:
+    """The plan, once every tensor there is accounted for and every tensor here has its origin there.
+
+    Args:
+        tensors: the source's, by name.
+        origins: name here -> name there.
+        left_out: names there -> reason.
+        unexpected: names there that have no place.
+        dtype: of all tensors, by default each one's own.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected, misshapen or not of floating point; or `destination` is there.
+    """
+    if destination.exists():
+        raise ValueError(f"{destination} is there already: give a folder that is not.")
+    steps, missing, misshapen = [], [], []
+    for target, shape in expected_shapes(config).items():
+        name = origins.get(target)
+        tensor = tensors.get(name)
+        if tensor is None:
+            missing.append(name or target)
+        elif tensor.shape != shape:
+            misshapen.append(f"{name} is {list(tensor.shape)} instead of {list(shape)}")
         elif not tensor.dtype.is_floating_point:
             misshapen.append(f"{name} is of {tensor.dtype}")
         else:
-            renamed[target] = (name, tensor)
-    if problems := deviations(sorted(missing), unexpected, misshapen):
+            steps.append(Step(name, target, tensor, DTYPES[dtype] if dtype else tensor.dtype))
+    if problems := deviations(sorted(set(missing)), unexpected, misshapen):
         raise ValueError(f"the source does not fit its config, {problems}. Correct the config or the source.")
-    return renamed, left_out
+    # The format says by the weights alone whether a shared expert is gated.
+    config.shared_expert_gate = None
+    config.dtype = str(steps[0].dtype).removeprefix("torch.")
+    return Plan(source, destination, config, steps, left_out)
 
 
 def _tied(tensors: dict[str, SourceTensor]) -> bool:
@@ -187,15 +210,20 @@ def write(plan: Plan, shard_bytes: int, written: Callable[[int], None]) -> None:
     unfinished.mkdir(parents=True)
     try:
         _write_weights(plan.steps, unfinished, shard_bytes, written)
-        for pattern in COMPANIONS:
-            for file in plan.source.glob(pattern):
-                if file.is_file():
-                    shutil.copy(file, unfinished)
+        copy_companions(plan.source, unfinished)
         plan.config.architectures = ["YocoUForCausalLM"]
         plan.config.save_pretrained(unfinished)
         unfinished.rename(plan.destination)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def copy_companions(source: Path, destination: Path) -> None:
+    """Copy a model's tokenizer, chat template and generation settings."""
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copy(file, destination)
 
 
 def _write_weights(steps: list[Step], folder: Path, shard_bytes: int, written: Callable[[int], None]) -> None:

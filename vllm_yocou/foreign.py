@@ -105,9 +105,9 @@ def recognise(folder: Path, tensors: set[str], tied: bool, context: int | None) 
         ValueError: it is of neither schema, or computes something that this architecture does not.
     """
     if (params := folder / "params.json").exists():
-        return yoco2024(_json_object(params), tied, context)
+        return yoco2024(json_object(params), tied, context)
     if (config := folder / "config.json").exists():
-        return authors(_json_object(config), tensors, context)
+        return authors(json_object(config), tensors, context)
     raise ValueError(f"{folder} has neither params.json nor config.json: give the folder of a checkpoint.")
 
 
@@ -200,7 +200,8 @@ def yoco2024(keys: dict, tied: bool, context: int | None) -> Foreign:
     return Foreign(config, rename)
 
 
-def _json_object(path: Path) -> dict:
+def json_object(path: Path) -> dict:
+    """The keys of a source's config file."""
     try:
         keys = json.loads(path.read_text())
     except ValueError as error:  # not JSON, or not text

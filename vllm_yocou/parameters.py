@@ -39,3 +39,16 @@ def flops(config: YocoUConfig, context: int) -> int:
     cross = config.num_cross_decoder_layers * 2 * width * context
     looped = (T - 1) * _matrices(config, "self_decoder")
     return 2 * (active(config) + looped + windows + cross)
+
+
+def row_flops(config: YocoUConfig, tokens: int) -> float:
+    """Floating-point operations of a row of `tokens` that go forward together, each seeing those before it.
+
+    `flops` is linear in the context on both sides of the window, so the ends of both parts give their sums.
+    """
+    total, first = 0.0, 1
+    for last in (min(tokens, config.sliding_window), tokens):
+        if first <= last:
+            total += (last - first + 1) * (flops(config, first) + flops(config, last)) / 2
+            first = last + 1
+    return total

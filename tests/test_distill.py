@@ -1,0 +1,161 @@
+"""Healing from a tiny Llama to a checkpoint; a run that is resumed ends where one that was not would have."""
+
+import importlib
+import json
+import shutil
+
+import pytest
+import torch
+from checkout import ROOT
+from safetensors.torch import load_file
+from test_upcycling import save_llama, upcycle
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from vllm_yocou import parameters
+
+TEXT = "\n".join(f"On day {day} the {beast} went over the {place}." for day in range(160) for beast in ("ox", "hen")
+                 for place in ("hill", "sea"))  # fmt: skip
+SETTINGS = ("--sequence", "48", "--steps", "4", "--batch", "2", "--accumulate", "2", "--every", "2", "--held-out", "4")
+
+
+@pytest.fixture(scope="module")
+def distill():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples")
+        yield importlib.import_module("distill")
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A Llama with its tokenizer, a YOCO-U model made of it, and text in two formats."""
+    folder = tmp_path_factory.mktemp("material")
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "text.jsonl").write_text("".join(json.dumps({"id": 0, "text": line}) + "\n" for line in TEXT.split("\n")))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([TEXT], trainer)
+    save_llama(folder / "llama", vocab_size=300)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder / "llama")
+    upcycle(folder / "llama", folder / "made", iterations=2, window=16, dtype="bfloat16")
+    return folder
+
+
+def run(distill, monkeypatch, material, output, *settings):
+    command = ["distill.py", material / "llama", material / "made", output, "--text", material / "text.txt"]
+    monkeypatch.setattr("sys.argv", [*map(str, command), *SETTINGS, *settings])
+    distill.main()
+
+
+def test_healing_writes_a_checkpoint_and_resumes_to_the_exact_step(distill, material, tmp_path, monkeypatch, capsys):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run(distill, monkeypatch, material, whole, "--hidden", "0.5")
+    printed = capsys.readouterr()
+    assert "4/4" in printed.err  # the progress bar
+    report = json.loads((whole / "distillation.json").read_text())
+    assert report["training_tokens"] == 4 * 2 * 2 * 48 and report["held_out_tokens"] == 4 * 47
+    perplexity = report["held_out_perplexity"]
+    assert f"held-out perplexity: {perplexity}" in printed.out and perplexity["after"] < perplexity["before"]
+    assert 0 < report["model_flops_utilisation"] < 1 and "model FLOPs utilisation: " in printed.out
+    assert [entry["step"] for entry in report["history"] if "eval_loss" in entry] == [0, 2, 4]
+    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert AutoModelForCausalLM.from_pretrained(whole).config.num_iterations == 2
+    assert AutoTokenizer.from_pretrained(whole).eos_token == "<end>"
+
+    (resumed / "steps").mkdir(parents=True)
+    shutil.copytree(whole / "steps" / "checkpoint-2", resumed / "steps" / "checkpoint-2")
+    run(distill, monkeypatch, material, resumed, "--hidden", "0.5", "--resume")
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert {tensor.dtype for tensor in first.values()} == {torch.bfloat16}
+    before = load_file(material / "made" / "model.safetensors")
+    assert not any(torch.equal(first[name], before[name]) for name in before if "norm" not in name)
+    first, second = (load_file(folder / "steps" / "checkpoint-4" / "model.safetensors") for folder in (whole, resumed))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    again = json.loads((resumed / "distillation.json").read_text())
+    assert again["held_out_perplexity"] == perplexity
+
+
+def test_the_loss_of_a_step(distill, material):
+    """Of its own source, without iterations to tell them apart, a student is no distance away."""
+    llama = AutoModelForCausalLM.from_pretrained(material / "llama").eval()
+    ids = torch.arange(20)[None] * 7
+    settings = distill.TrainingArguments(output_dir=material / "steps", report_to=[])
+    weights = dict(next_token=0.25, hidden=2.0, hidden_layer=3)
+    upcycle(material / "llama", material / "same", self_layers=4)
+    same = AutoModelForCausalLM.from_pretrained(material / "same").train()
+    upcycle(material / "llama", material / "other", self_layers=3, window=4)
+    other = AutoModelForCausalLM.from_pretrained(material / "other").train()
+    inputs = {"input_ids": ids, "labels": ids}
+    with torch.no_grad():
+        theirs = llama(ids, labels=ids, output_hidden_states=True)
+        trainer = distill.Distillation(model=same, args=settings, teacher=llama, **weights | {"hidden_layer": 4})
+        torch.testing.assert_close(trainer.compute_loss(same, inputs), 0.25 * theirs.loss, atol=1e-5, rtol=1e-5)
+        trainer = distill.Distillation(model=other, args=settings, teacher=llama, **weights)
+        ours = other(ids, labels=ids, output_hidden_states=True)
+        p, q = theirs.logits[0].softmax(-1), ours.logits[0].softmax(-1)
+        divergence = (p * (p.log() - q.log())).sum() / 20
+        aim = theirs.hidden_states[3]
+        distance = (ours.hidden_states[3] - aim).pow(2).sum() / aim.pow(2).sum()
+        expected = 0.25 * ours.loss + 0.75 * divergence + 2.0 * distance
+        torch.testing.assert_close(trainer.compute_loss(other, inputs), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(trainer.compute_loss(other.eval(), inputs), ours.loss)
+
+
+def test_rows_hold_the_text_once(distill, material):
+    tokenizer = AutoTokenizer.from_pretrained(material / "made")
+    (text,) = (distill.read_rows([material / "text.txt"], tokenizer, 48),)
+    lines = distill.read_rows([material / "text.jsonl"], tokenizer, 48)
+    assert TEXT.startswith(tokenizer.decode(sum(text["input_ids"], [])))
+    assert TEXT.replace("\n", "<end>").startswith(tokenizer.decode(sum(lines["input_ids"], [])))
+    training, held_out = distill.split(text, 3)
+    assert held_out["input_ids"] == [text[i]["input_ids"] for i in range(0, len(text), 20)[:3]]
+    assert len(training) + len(held_out) == len(text)
+
+
+def test_operations_of_a_step_are_those_that_torch_counts(distill, material):
+    """Attention aside, of which torch counts masked products as well."""
+    models = {name: AutoModelForCausalLM.from_pretrained(material / name) for name in ("llama", "made")}
+    ids, counted = torch.arange(48)[None], {}
+    for name, model in models.items():
+        with FlopCounterMode(display=False) as counter:
+            model(ids, use_cache=False).logits.sum()
+        products = counter.get_flop_counts()["Global"].items()
+        counted[name] = sum(flops for kind, flops in products if "mm" in str(kind) and "bmm" not in str(kind))
+    config = models["made"].config
+    seen = sum(parameters.flops(config, n) - parameters.flops(config, 0) for n in range(1, 49))
+    assert parameters.row_flops(config, 48) == counted["made"] + seen
+    llama_attention = 5 * 4 * 4 * 16 * 48 * 49 / 2
+    expected = 3 * (counted["made"] + seen) + counted["llama"] + llama_attention
+    found = distill.step_flops(models["made"], models["llama"], 48)
+    assert found == pytest.approx(expected, rel=0.02)  # norms count as matrices, and torch's head is the same
+
+
+@pytest.mark.parametrize(
+    "settings, complaint",
+    [
+        (["--resume"], "holds no step to resume from"),
+        (["--text", "absent.txt"], "absent.txt is no file that ends in .txt, .jsonl, .parquet"),
+        (["--sequence", "5000"], "none to train on: give more"),
+        (["--hidden-layer", "6"], "has 5 layers, no 6"),
+        (["--batch", "0"], "invalid positive value: '0'"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(settings, complaint, distill, material, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(distill, monkeypatch, material, tmp_path / "healed", *settings)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 2 and last.startswith("distill.py: ") and complaint in last
+
+
+@pytest.mark.parametrize("source, student", [("llama", "llama"), ("absent", "made"), ("llama", "absent")])
+def test_what_is_no_model_is_refused_in_a_line(source, student, distill, material, tmp_path, monkeypatch, capsys):
+    command = ["distill.py", material / source, material / student, tmp_path, "--text", material / "text.txt"]
+    monkeypatch.setattr("sys.argv", list(map(str, command)))
+    with pytest.raises(SystemExit) as exit:
+        distill.main()
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    named = "of model_type 'llama'" if source == student else "absent"
+    assert exit.value.code == 2 and last.startswith("distill.py: ") and named in last
