@@ -14,7 +14,7 @@ from vllm_yocou.kernels.arguments import Batch, check_cache, check_queries
 from vllm_yocou.kernels.requests import request_of_row
 
 TILE = 64  # keys at a time
-SPLIT = 512  # keys to a split, at least, of the longest context
+SPLIT, MOST_SPLITS = 512, 64  # keys to a split, at least, of the longest context
 
 
 def naive(
@@ -40,6 +40,14 @@ def naive(
         weights_KGN = torch.einsum("kgd,nkd->kgn", q_KGd * scale, keys).softmax(-1)
         out_MHd[m] = torch.einsum("kgn,nkd->kgd", weights_KGN, values).flatten(0, 1)
     return out_MHd
+
+
+def scratch(M: int, H: int, d: int, longest: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What splits hand to the reduction, for contexts of up to `longest`: results (M, H, X, d), masses (M, H, X)."""
+    splits = max(1, min(MOST_SPLITS, longest // SPLIT))
+    return tuple(
+        torch.empty(shape, dtype=torch.float32, device=device) for shape in ((M, H, splits, d), (M, H, splits))
+    )
 
 
 def cross_attention(
@@ -70,10 +78,9 @@ def cross_attention(
     assert out_MHd.shape == q_MHd.shape and out_MHd.is_contiguous(), "out_MHd is contiguous, of the queries' shape"
     if M == 0:
         return out_MHd
-    splits = max(1, min(64, batch.block_table_RX.shape[1] * S // SPLIT))
+    partial_MHXd, logsumexp_MHX = scratch(M, H, d, batch.block_table_RX.shape[1] * S, q_MHd.device)
+    splits = partial_MHXd.shape[2]
     G, BLOCK_D = H // K, max(16, triton.next_power_of_2(d))
-    partial_MHXd = torch.empty((M, H, splits, d), dtype=torch.float32, device=q_MHd.device)
-    logsumexp_MHX = torch.empty((M, H, splits), dtype=torch.float32, device=q_MHd.device)
     _attend_to_a_split[(M, K, splits)](
         q_MHd,
         k_cache_BSKd,
@@ -104,7 +111,7 @@ def cross_attention(
     return out_MHd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests"])
 def _attend_to_a_split(
     q,
     k_cache,
@@ -174,7 +181,8 @@ def _attend_to_a_split(
     some = total > 0
     sum_GD = tl.where(some[:, None], sum_GD / tl.where(some, total, 1.0)[:, None], 0.0) * v_scale
     at = (m * heads + head) * splits + split
-    tl.store(partial + at[:, None] * D + i[None, :], sum_GD, mask=(g[:, None] < G) & (i[None, :] < D))
+    # A split without keys, of a short context where a long one would have room, moves its mass alone.
+    tl.store(partial + at[:, None] * D + i[None, :], sum_GD, mask=(g[:, None] < G) & (i[None, :] < D) & (first < last))
     tl.store(logsumexp + at, tl.where(some, highest + tl.log(tl.where(some, total, 1.0)), float("-inf")), mask=g < G)
 
 
@@ -187,7 +195,9 @@ def _reduce(partial, logsumexp, out, heads, splits, D: tl.constexpr, BLOCK_D: tl
     share = tl.where(mass > float("-inf"), tl.exp(mass - tl.where(highest > float("-inf"), highest, 0.0)), 0.0)
     all_shares = tl.sum(share, 0)
     parts = tl.load(
-        partial + (at * splits + x[:, None]) * D + i[None, :], mask=(x[:, None] < splits) & (i[None, :] < D), other=0.0
+        partial + (at * splits + x[:, None]) * D + i[None, :],
+        mask=(mass > float("-inf"))[:, None] & (i[None, :] < D),
+        other=0.0,
     )
     mixed = tl.sum(parts * share[:, None], 0) / tl.where(all_shares > 0, all_shares, 1.0)
     tl.store(out + at * D + i, mixed.to(out.dtype.element_ty), mask=i < D)

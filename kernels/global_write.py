@@ -58,7 +58,7 @@ def global_write(
         slots_N: (N,) int64, block · S + slot; negative for rows that are not written.
         norm_d: (d,) weight of the keys' RMSNorm, None for none, and its `eps`.
         rotation, positions_N: the keys' RoPE, None for none, and (N,) int64 positions.
-        k_scale, v_scale: what is stored is the value divided by it.
+        k_scale, v_scale: what is stored is the value divided by it, which float8_e4m3fn has up to 448.
     """
     N, K, d = check_rows("k_NKd", k_NKd, "v_NKd", v_NKd)
     S = check_cache(k_cache_BSKd, v_cache_BSKd, K, d)

@@ -43,7 +43,8 @@ def load_vectors(
         y = tl.load(base_R1 + partner, mask=inside, other=0.0).to(tl.float32)
         if NORM:
             y = y * scale * tl.load(norm_d + partner, mask=i < D, other=0.0).to(tl.float32)
-        turn = cos_sin_PD + position_R1.to(tl.int64) * D + pair
+        # Where vLLM captures a graph a request may have more rows than tokens, so that the first lie before position 0.
+        turn = cos_sin_PD + tl.maximum(position_R1, 0).to(tl.int64) * D + pair
         cos = tl.load(turn, mask=inside, other=0.0).to(tl.float32)
         sin = tl.load(turn + D // 2, mask=inside, other=0.0).to(tl.float32)
         x = x * cos + tl.where(first, -y, y) * sin

@@ -145,7 +145,7 @@ def window_step(
     return out_NHd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests"])
 def _window_step(
     q,
     k,

@@ -11,12 +11,13 @@ v2-triton attention itself, too, is CUDA's Triton backend: slow, so for a few to
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
+
+import interpreter
 
 # Settings of `run`: one core for each rank; vLLM would give all cores to the first.
 TWO_RANKS = dict(
@@ -86,24 +87,11 @@ def plain_output(output) -> dict:
 
 def interpret_triton() -> None:
     """Let vLLM find a CPU backend in Triton: its interpreter."""
-    os.environ["TRITON_INTERPRET"] = "1"
+    interpreter.install()
     import triton.backends
-    import triton.runtime.interpreter as interpreter
 
     driver = SimpleNamespace(is_active=lambda: True)
     triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
-
-    class Builder(interpreter.InterpreterBuilder):
-        # Compiled kernels take integers for masks, as vLLM's n-gram kernel gives them; the interpreter wants bool.
-        def create_masked_load(self, ptrs, mask, *rest):
-            mask.data = mask.data.astype(bool)
-            return super().create_masked_load(ptrs, mask, *rest)
-
-        def create_masked_store(self, ptrs, value, mask, *rest):
-            mask.data = mask.data.astype(bool)
-            return super().create_masked_store(ptrs, value, mask, *rest)
-
-    interpreter.interpreter_builder.__class__ = Builder
 
 
 def attend_in_triton() -> None:

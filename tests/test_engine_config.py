@@ -57,6 +57,29 @@ def test_refused(checkpoint, settings, sentence):
         configured(checkpoint, **settings)
 
 
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        (dict(kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"}), "with KV connectors"),
+        (dict(), "with breakable CUDA graphs"),
+    ],
+)
+def test_kernels_are_refused_where_vllm_wraps_its_attention(checkpoint, monkeypatch, settings, sentence):
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", True)
+    monkeypatch.setattr("vllm.compilation.breakable_cudagraph.is_breakable_cudagraph_enabled", lambda: not settings)
+    with pytest.raises(ValueError, match=f'option "kernels" cannot be used {sentence}'):
+        configured(checkpoint, additional_config={"yocou": {"kernels": True}}, **settings)
+
+
+def test_compiled_code_is_not_shared_with_and_without_kernels(checkpoint, monkeypatch):
+    """With them norms and rotations are no part of what is compiled."""
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", True)
+    hashes = {
+        configured(checkpoint, additional_config={"yocou": {"kernels": on}}).compute_hash() for on in (False, True)
+    }
+    assert len(hashes) == 2
+
+
 def test_a_draft_model_is_refused(checkpoint):
     draft = {"method": "draft_model", "model": checkpoint, "num_speculative_tokens": 2}
     with pytest.raises(ValueError, match="by 'draft_model' cannot be used with YOCO-U: .* use 'ngram'"):

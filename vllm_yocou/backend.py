@@ -106,7 +106,8 @@ def smallest_block(backend: type[AttentionBackend]) -> int:
 class RowSelecting:
     """Mixed into a metadata builder: builds for the selected rows and says which these are.
 
-    The metadata gets an attribute `selected_rows_M`: (M,) int64 on the device, or None when all rows run.
+    The metadata gets two attributes: `selected_rows_M`, (M,) int64 on the device, or None when all rows run, and
+    `most_rows`, how many the request has that has the most of them.
     """
 
     def __init__(self, kv_cache_spec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
@@ -131,8 +132,10 @@ class RowSelecting:
             reduced = common_attn_metadata  # with no row selected, no layer reads it
         metadata = super().build(common_prefix_len, reduced, fast_build)
         metadata.selected_rows_M = None
+        metadata.most_rows = common_attn_metadata.max_query_len
         if selected is not None:
             metadata.selected_rows_M = async_tensor_h2d(selected.rows_M, device=self.device)
+            metadata.most_rows = int(np.diff(selected.query_start_loc).max())
         if self.counters is not None and not self.capturing:
             rows = int(common_attn_metadata.query_start_loc_cpu[-1])
             self.counters.count(rows, rows if selected is None else len(selected.rows_M))

@@ -133,13 +133,20 @@ def _check_experts_on_cpu(vllm_config: "VllmConfig") -> None:
 
 
 def _check_kernels(vllm_config: "VllmConfig") -> None:
+    """The plugin's own kernels need Triton, and pass by what vLLM wraps around its attention ops."""
+    from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
     from vllm.triton_utils import HAS_TRITON
 
-    if Options.of(vllm_config.additional_config).kernels and not HAS_TRITON:
-        raise ValueError(
-            'the option "kernels" cannot be used on this machine: vLLM finds no GPU that Triton compiles for, leave it '
-            "out."
-        )
+    if not Options.of(vllm_config.additional_config).kernels:
+        return
+    reasons = {
+        "on this machine: vLLM finds no GPU that Triton compiles for": not HAS_TRITON,
+        "with KV connectors: these load and save caches around vLLM's attention": vllm_config.kv_transfer_config,
+        "with breakable CUDA graphs: these break at vLLM's attention alone": is_breakable_cudagraph_enabled(),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f'the option "kernels" cannot be used {reason}, leave it out.')
 
 
 def _check_compilation(vllm_config: "VllmConfig") -> None:

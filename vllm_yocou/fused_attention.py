@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.v1.attention.backend import AttentionMetadata
 
 from vllm_yocou.kernels.arguments import Batch, Rotation
-from vllm_yocou.kernels.cross_attention import cross_attention
+from vllm_yocou.kernels.cross_attention import cross_attention, scratch
 from vllm_yocou.kernels.global_write import global_write
 from vllm_yocou.kernels.window_step import window_step
 
@@ -100,13 +101,21 @@ def write_global(
 class CrossAttentionByKernel:
     """Mixed into an attention implementation of vLLM's: steps of at most one row a request are our kernel's.
 
-    It reads a request's keys once for each of its rows, so that chunks whose every row runs are better off with vLLM's.
+    It reads a request's keys once for each of its rows: prompts whose every row runs are better off with vLLM's.
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        config = get_current_vllm_config()
+        self.most_requests = config.scheduler_config.max_num_seqs
+        self.longest = config.model_config.max_model_len
+
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, **scales) -> torch.Tensor:
-        rows = None if attn_metadata is None else attn_metadata.num_actual_tokens
-        if rows is None or rows > len(attn_metadata.seq_lens) or kv_cache.dtype != query.dtype:
-            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, **scales)
-        keys_and_values = key_and_value(kv_cache)
-        cross_attention(query[:rows], *keys_and_values, batch_of(attn_metadata), self.scale, out_MHd=output[:rows])
-        return output
+        if attn_metadata is None:  # a profiling run: vLLM leaves the KV cache what memory this did not take
+            scratch(self.most_requests, *query.shape[1:], self.longest, query.device)
+        elif attn_metadata.most_rows <= 1 and kv_cache.dtype == query.dtype:
+            rows = attn_metadata.num_actual_tokens
+            keys_and_values = key_and_value(kv_cache)
+            cross_attention(query[:rows], *keys_and_values, batch_of(attn_metadata), self.scale, out_MHd=output[:rows])
+            return output
+        return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, **scales)

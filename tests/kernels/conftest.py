@@ -6,10 +6,13 @@ A process that runs engines must not interpret, so `make test` runs these tests 
 import os
 from pathlib import Path
 
+import interpreter
 import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    interpreter.install()
 
 
 def pytest_collection_modifyitems(items):

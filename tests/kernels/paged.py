@@ -1,20 +1,10 @@
 """Paged caches for the kernels' tests: one layer's part of packed blocks, and the blocks of some requests, shuffled."""
 
-import os
-
-import pytest
 import torch
 
 from vllm_yocou.kernels.arguments import Batch, Rotation
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HALF_PRECISION = [
-    torch.float16,
-    pytest.param(
-        torch.bfloat16,
-        marks=pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter multiplies bfloat16 as integers"),
-    ),
-]
+HALF_PRECISION = [torch.float16, torch.bfloat16]
 
 
 def caches(blocks: int, slots: int, heads: int, d: int, dtype: torch.dtype, layers: int = 3) -> torch.Tensor:

@@ -7,18 +7,23 @@ import pytest
 import torch
 
 from vllm_yocou.kernels.arguments import Batch
-from vllm_yocou.kernels.cross_attention import SPLIT, TILE, cross_attention, naive
+from vllm_yocou.kernels.cross_attention import MOST_SPLITS, SPLIT, TILE, cross_attention, naive, scratch
 
 SLOTS = 16
 CONTEXTS = [1, 2, 15, 16, 17, TILE - 1, TILE, TILE + 1, SPLIT - 1, SPLIT + 1, 1999]
 
 
-def compare(heads, kv_heads, d, contexts, dtype=torch.float32, cache_dtype=None, slots=SLOTS, padding=0, **scales):
+def compare(
+    heads, kv_heads, d, contexts, dtype=torch.float32, cache_dtype=None, slots=SLOTS, padding=0, longest=2048, **scales
+):
     """`contexts`: of the requests' only rows, or for each request the tokens before this step, and in it."""
     torch.manual_seed(d)
     chunks = [context if isinstance(context, tuple) else (context - 1, 1) for context in contexts]
     batch, slots_M = paged.batch(chunks, 2048 // slots, slots)
-    cache = paged.caches(batch.block_table_RX.numel(), slots, kv_heads, d, cache_dtype or dtype)
+    # What decides the splits is how long a context may be, not how long one is.
+    table_RX = torch.nn.functional.pad(batch.block_table_RX, (0, longest // slots))[:, : longest // slots].contiguous()
+    batch = replace(batch, block_table_RX=table_RX)
+    cache = paged.caches(len(chunks) * (2048 // slots), slots, kv_heads, d, cache_dtype or dtype)
     q_MHd = torch.randn(len(slots_M) + padding, heads, d).to(dtype)
     got = cross_attention(q_MHd, *cache, batch, d**-0.5, **scales)
     paged.close(got, naive(q_MHd.double(), *cache.double(), batch, d**-0.5, **scales))
@@ -34,6 +39,13 @@ def test_head_sizes_and_groups(heads, kv_heads, d):
 @pytest.mark.parametrize("slots", [16, 48, 512])
 def test_lengths_at_every_edge(slots):
     compare(4, 2, 64, CONTEXTS, slots=slots)
+
+
+@pytest.mark.parametrize("longest", [256, SPLIT, MOST_SPLITS * SPLIT, 2 * MOST_SPLITS * SPLIT])
+def test_one_split_and_as_many_as_there_are(longest):
+    """Most of many splits have no keys."""
+    assert scratch(1, 1, 1, longest, None)[0].shape[2] == min(MOST_SPLITS, max(1, longest // SPLIT))
+    compare(4, 2, 64, [1, 255, 130], longest=longest)
 
 
 @pytest.mark.parametrize("dtype", paged.HALF_PRECISION, ids=str)

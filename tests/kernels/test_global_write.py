@@ -53,6 +53,17 @@ def test_rows_in_half_precision(dtype):
     paged.close(cache, expected)
 
 
+def test_a_cache_of_more_than_2_31_numbers():
+    """Only the pages that are touched take memory."""
+    blocks = (1 << 31) // (SLOTS * 64) + 2
+    cache_BSKd = torch.empty(2, blocks, SLOTS, 1, 64, dtype=torch.float16)
+    assert cache_BSKd[0].numel() > 1 << 31
+    k_NKd, v_NKd = torch.randn(2, 3, 1, 64).half()
+    slots_N = torch.arange(3) + (blocks - 1) * SLOTS
+    global_write(k_NKd, v_NKd, *cache_BSKd, slots_N)
+    assert torch.equal(cache_BSKd[0, -1, :3], k_NKd) and torch.equal(cache_BSKd[1, -1, :3], v_NKd)
+
+
 def test_eight_bits():
     """Numbers that float8 has: Triton's interpreter loses a carry where one is rounded (1.99 becomes 1.0)."""
     k_NKd, v_NKd = torch.randn(2, 5, 2, 64).to(torch.float8_e4m3fn).float()

@@ -1,9 +1,12 @@
 """A step of decodes and chunks together: attention over cached and fresh keys, and what the cache holds afterwards."""
 
+from dataclasses import replace
+
 import paged
 import pytest
 import torch
 
+from vllm_yocou.kernels.arguments import Rotation
 from vllm_yocou.kernels.window_step import TILE, naive, window_step
 
 SLOTS = 16
@@ -66,6 +69,34 @@ def test_rows_with_a_negative_slot_are_not_written():
     q_NHd, k_NKd, v_NKd = torch.randn(2, 8, 64).split([4, 2, 2], 1)
     window_step(q_NHd, k_NKd, v_NKd, *cache, slots_N * 0 - 1, batch, 2, 7, 0.1, paged.rotation(64, False))
     assert torch.equal(cache, before)
+
+
+def test_more_rows_than_tokens():
+    """As vLLM captures graphs: rows before position 0 read no table of angles there, and give numbers."""
+    cache = paged.caches(8, SLOTS, 2, 64, torch.float32)
+    batch = replace(paged.batch([(0, 3)], 8, SLOTS)[0], lengths_R=torch.tensor([1], dtype=torch.int32))
+    q_NHd, k_NKd, v_NKd = torch.randn(3, 8, 64).split([4, 2, 2], 1)
+    angles_Pd = paged.rotation(64, False).cos_sin_PD
+    behind_nothing = Rotation(torch.cat([torch.full((8, 64), float("nan")), angles_Pd])[8:])
+    nowhere = torch.full((3,), -1)
+    out_NHd = window_step(q_NHd, k_NKd, v_NKd, *cache, nowhere, batch, 3, 7, 0.1, behind_nothing)
+    assert out_NHd.isfinite().all()
+
+
+def test_a_cache_of_more_than_2_31_numbers():
+    """Only the pages that are touched take memory."""
+    blocks = (1 << 31) // (2 * SLOTS * 64) + 50
+    cache_BSKd = torch.empty(2, blocks, SLOTS, 2, 64, dtype=torch.float16)
+    assert cache_BSKd[0].numel() > 1 << 31
+    batch, slots_N = paged.batch([(40, 2)], 8, SLOTS)
+    small = torch.randn(2, 8, SLOTS, 2, 64).half()
+    cache_BSKd[:, -8:] = small
+    beyond = replace(batch, block_table_RX=batch.block_table_RX + blocks - 8)
+    q_NHd, k_NKd, v_NKd = torch.randn(2, 8, 64).half().split([4, 2, 2], 1)
+    step = (2, 33, 0.125, paged.rotation(64, False))
+    expected = window_step(q_NHd, k_NKd, v_NKd, *small, slots_N, batch, *step)
+    got = window_step(q_NHd, k_NKd, v_NKd, *cache_BSKd, slots_N + (blocks - 8) * SLOTS, beyond, *step)
+    assert torch.equal(got, expected) and torch.equal(cache_BSKd[:, -8:], small)
 
 
 def test_arguments_are_explained():
