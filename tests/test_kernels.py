@@ -25,25 +25,27 @@ SHARED_BYTES = 227 << 10
 
 @pytest.fixture
 def shared_bytes(monkeypatch) -> list[int]:
-    """Launches compile instead; the shared memory of each."""
+    """Launches compile instead, as for a GPU's aligned tensors; the shared memory of each."""
     needed = []
 
     def run(self, *args, grid, warmup, **options):
         values = dict(zip(self.arg_names, args, strict=False)) | options
-        constants, signature = {}, {}
+        constants, signature, known = {}, {}, {}
         for i, parameter in enumerate(self.params):
             value = values[parameter.name]
-            if parameter.is_constexpr or value is None:
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
                 constants[(i,)], signature[parameter.name] = value, "constexpr"
-            else:
-                signature[parameter.name] = mangle_type(value)
-        needed.append(compile(ASTSource(self, signature, constants), target=H100).metadata.shared)
+                continue
+            signature[parameter.name] = mangle_type(value)
+            if isinstance(value, torch.Tensor) or isinstance(value, int) and value % 16 == 0:
+                known[(i,)] = [["tt.divisibility", 16]]
+        needed.append(compile(ASTSource(self, signature, constants, known), target=H100).metadata.shared)
 
     monkeypatch.setattr(JITFunction, "run", run)
     return needed
 
 
-@pytest.mark.parametrize("d, dtype", [(128, torch.bfloat16), (256, torch.float32)], ids=str)
+@pytest.mark.parametrize("d, dtype", [(128, torch.bfloat16), (256, torch.bfloat16), (256, torch.float32)], ids=str)
 def test_kernels_compile_and_fit(d, dtype, shared_bytes):
     turned = paged.rotation(d, False)
     norm_d = torch.ones(d, dtype=dtype)
