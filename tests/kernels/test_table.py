@@ -13,7 +13,9 @@ def vllm_finds_triton(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
 
 
-@pytest.mark.parametrize("kind, context", [("cross_attentions", 700), ("window_steps", 70), ("window_steps", 600)])
+@pytest.mark.parametrize(
+    "kind, context", [("cross_attentions", 700), ("window_steps", 70), ("window_steps", 600), ("global_writes", 70)]
+)
 def test_contestants_agree(kind, context):
     from benchmarks import kernels
 
