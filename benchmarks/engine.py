@@ -96,9 +96,15 @@ def core(llm: LLM):
     return llm.llm_engine.engine_core.engine_core
 
 
+def steps_of_prompts(llm: LLM, batch: int, context: int) -> int:
+    """Steps, at most, until `batch` prompts of `context` tokens are all computed, each in chunks."""
+    chunk = core(llm).scheduler.max_num_scheduled_tokens
+    return batch * (context // (chunk - batch) + 2)
+
+
 @contextmanager
 def decoding(llm: LLM, batch: int, context: int = 600, room: int = 3000):
-    """`batch` requests of `context` tokens each, all of them in decode, with `room` for more.
+    """`batch` requests of `context` tokens each, all of them in decode, with `room` for more steps.
 
     Their prompts are scheduled and not computed: a decode step takes as long over any numbers. The cache is written
     once, since a page of memory that nobody wrote is the same page of zeros everywhere, which a core keeps at hand.
@@ -111,12 +117,15 @@ def decoding(llm: LLM, batch: int, context: int = 600, room: int = 3000):
     def instead(input_ids=None, positions=None, **kwargs) -> torch.Tensor:
         return torch.zeros(len(positions), hidden_size, dtype=llm.model_config.dtype, device=positions.device)
 
+    # The first one decodes while the others' prompts are still on their way.
+    room += steps_of_prompts(llm, batch, context)
     parameters = SamplingParams(temperature=0, max_tokens=room, ignore_eos=True, detokenize=False)
     for i in range(batch):
         llm.llm_engine.add_request(str(i), {"prompt_token_ids": [1] * context}, parameters)
     running = core(llm).scheduler.running
     with patch.object(model, "forward", instead):
         while len(running) < batch or not all(request.num_output_tokens for request in running):
+            assert llm.llm_engine.has_unfinished_requests(), "there was no room for all of them at once"
             llm.llm_engine.step()
     for _ in range(3):
         llm.llm_engine.step()

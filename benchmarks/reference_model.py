@@ -1,10 +1,9 @@
 """The served model beside transformers' generate() of the reference model: the same shape, prompts and thread count."""
 
-from benchmarks.engine import config, print_table, start
+from benchmarks.engine import config, decoding, print_table, start
 
 import statistics  # isort: skip
 import time
-from collections.abc import Callable
 
 import torch
 from vllm import LLM, SamplingParams
@@ -13,26 +12,31 @@ from vllm_yocou.reference import YocoUForCausalLM
 
 SHAPE = "77M"
 PROMPTS, BATCHES = (512, 2048), (1, 8)
-NEW, ROUNDS = 33, 3
+STEPS, ROUNDS = 32, 3
 
 
-def by_reference(model: YocoUForCausalLM, prompts_BN: torch.Tensor, new: int) -> None:
-    settings = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
-    model.generate(prompts_BN, attention_mask=torch.ones_like(prompts_BN), **settings)
+def by_reference(model: YocoUForCausalLM, prompts_BN: torch.Tensor) -> tuple[float, float]:
+    """Seconds to the first token of all prompts, and of each further step."""
+    times = []
+    for new in (1, STEPS + 1):
+        start_s = time.perf_counter()
+        settings = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        model.generate(prompts_BN, attention_mask=torch.ones_like(prompts_BN), **settings)
+        times.append(time.perf_counter() - start_s)
+    return times[0], (times[1] - times[0]) / STEPS
 
 
-def by_vllm(llm: LLM, prompts_BN: torch.Tensor, new: int) -> None:
-    parameters = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
-    llm.generate([{"prompt_token_ids": prompt} for prompt in prompts_BN.tolist()], parameters, use_tqdm=False)
-
-
-def seconds(generate: Callable[[int], None]) -> tuple[float, float]:
-    """To the first token of all requests, and of each further one."""
+def by_vllm(llm: LLM, prompts_BN: torch.Tensor) -> tuple[float, float]:
+    """The same; steps are of requests that are all in decode."""
+    parameters = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
     start_s = time.perf_counter()
-    generate(1)
+    llm.generate([{"prompt_token_ids": prompt} for prompt in prompts_BN.tolist()], parameters, use_tqdm=False)
     first_s = time.perf_counter() - start_s
-    generate(NEW)
-    return first_s, (time.perf_counter() - start_s - 2 * first_s) / (NEW - 1)
+    with decoding(llm, *prompts_BN.shape, room=STEPS + 8):
+        start_s = time.perf_counter()
+        for _ in range(STEPS):
+            llm.llm_engine.step()
+        return first_s, (time.perf_counter() - start_s) / STEPS
 
 
 def main() -> None:
@@ -44,14 +48,10 @@ def main() -> None:
     for tokens in PROMPTS:
         for batch in BATCHES:
             prompts_BN = torch.randint(1, cfg.vocab_size, (batch, tokens))
-            ways = {
-                "generate()": lambda new, prompts=prompts_BN: by_reference(model, prompts, new),
-                "vLLM": lambda new, prompts=prompts_BN: by_vllm(llm, prompts, new),
-            }
-            times = {way: [] for way in ways}
+            times = {"generate()": [], "vLLM": []}
             for _ in range(ROUNDS):
-                for way, generate in ways.items():
-                    times[way].append(seconds(generate))
+                times["generate()"].append(by_reference(model, prompts_BN))
+                times["vLLM"].append(by_vllm(llm, prompts_BN))
             medians = {
                 way: [statistics.median(part) for part in zip(*taken, strict=True)] for way, taken in times.items()
             }
@@ -63,7 +63,7 @@ def main() -> None:
     header += ["decode tokens/s, generate()", "vLLM", "vLLM / generate()"]
     note = (
         f"{SHAPE} shape, random weights, float32, {torch.get_num_threads()} threads each, vLLM eager; medians of "
-        f"{ROUNDS} rounds in turn, decode over {NEW - 1} tokens."
+        f"{ROUNDS} rounds in turn, decode over {STEPS} steps."
     )
     print_table("vLLM and the reference model", note, header, rows)
 

@@ -100,7 +100,7 @@ def main() -> None:
     rows = []
     for t, (prompt, step, kv) in costs.items():
         base = costs[ITERATIONS[0]]
-        cells = [f"{PROMPT / prompt:,.0f} ({prompt / base[0]:.2f}x)", f"{BATCH / step:,.0f} ({step / base[1]:.2f}x)"]
+        cells = [f"{PROMPT / prompt:,.0f} ({base[0] / prompt:.2f}x)", f"{BATCH / step:,.0f} ({base[1] / step:.2f}x)"]
         rows.append([t, perplexity[t], *cells, f"{kv / 2**20:.2f} MiB ({kv / base[2]:.2f}x)"])
     note = (
         f"{one['parameters']:,} parameters, {one['training_tokens']:,} training tokens and one seed for each T; "

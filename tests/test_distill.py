@@ -77,6 +77,18 @@ def test_healing_writes_a_checkpoint_and_resumes_to_the_exact_step(distill, mate
     again = json.loads((resumed / "distillation.json").read_text())
     assert again["held_out_perplexity"] == perplexity
 
+    # Stopped behind its last step, before anything was written.
+    shutil.rmtree(resumed)
+    (resumed / "steps").mkdir(parents=True)
+    shutil.copytree(whole / "steps" / "checkpoint-4", resumed / "steps" / "checkpoint-4")
+    run(distill, monkeypatch, material, resumed, "--hidden", "0.5", "--resume")
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    again = json.loads((resumed / "distillation.json").read_text())
+    assert again["held_out_perplexity"] == perplexity and [path.name for path in (resumed / "steps").iterdir()] == [
+        "checkpoint-4"
+    ]
+
 
 def test_the_loss_of_a_step(distill, material):
     """Of its own source, without iterations to tell them apart, a student is no distance away."""

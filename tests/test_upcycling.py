@@ -190,7 +190,6 @@ LLAMA3_ROPE["original_max_position_embeddings"] = 64
         (dict(keys={"model_type": "mistral"}), "of model_type 'mistral': upcycle makes YOCO-U from 'llama'"),
         (dict(keys={"attention_bias": True}), "'attention_bias' is True"),
         (dict(keys={"mlp_bias": True}), "'mlp_bias' is True"),
-        (dict(keys={"pretraining_tp": 2}), "'pretraining_tp' is 2"),
         (dict(keys={"hidden_act": "gelu"}), "'hidden_act' is 'gelu'"),
         (dict(keys={"rope_parameters": LLAMA3_ROPE}), "'rope_type': 'llama3'"),
         (dict(keys={"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}), "'linear'"),

@@ -76,21 +76,29 @@ def _swiglu_shapes(prefix: str, D: int, width: int) -> dict[str, tuple[int, ...]
     }
 
 
-def check_files(folder: Path) -> None:
-    """Raise ValueError for a safetensors file that is not there or not whole; reads their headers only.
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those that its index names, without one all that are not hidden.
 
-    The files are those that vLLM would load, long after this; its errors do not name them.
+    Raises:
+        ValueError: the index is none.
     """
     index = folder / "model.safetensors.index.json"
-    files = folder.glob("*.safetensors")
-    if index.exists():
-        try:
-            files = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{index} is no index of safetensors files ({error!r}): fetch or convert the checkpoint again."
-            ) from None
-    for file in sorted(files):
+    if not index.exists():
+        return sorted(folder.glob("[!.]*.safetensors"))
+    try:
+        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is no index of safetensors files ({error!r}): fetch or convert the checkpoint again."
+        ) from None
+
+
+def check_files(folder: Path) -> None:
+    """Raise ValueError for a file of weights that is not there or not whole; reads their headers only.
+
+    vLLM would find out long after this, in an error that does not name the file.
+    """
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt"):
                 pass

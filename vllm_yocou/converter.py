@@ -16,7 +16,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vllm_yocou.checkpoint import deviations, expected_shapes
+from vllm_yocou.checkpoint import deviations, expected_shapes, weight_files
 from vllm_yocou.config import YocoUConfig
 from vllm_yocou.foreign import recognise
 from vllm_yocou.rope import inverse_frequencies
@@ -159,7 +159,7 @@ def _is_the_configs(frequencies: SourceTensor, config: YocoUConfig) -> bool:
 
 def read_tensors(folder: Path) -> dict[str, SourceTensor]:
     """Every tensor of the weight files in `folder`, by name."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(p for p in folder.glob("*") if p.suffix in PICKLES)
+    files = weight_files(folder) or sorted(p for p in folder.glob("*") if p.suffix in PICKLES)
     if not files:
         raise ValueError(f"{folder} holds no weights: give a folder with *.safetensors or {', '.join(PICKLES)} files.")
     found: dict[str, SourceTensor] = {}

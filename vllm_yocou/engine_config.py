@@ -31,8 +31,6 @@ logger = logging.getLogger("vllm.plugins.yocou")
 class YocoUEngineConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
-        from vllm_yocou.checkpoint import check_files
-
         config = model_config.hf_config
         if model_config.disable_sliding_window:
             raise ValueError(
@@ -40,11 +38,6 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
                 "fixed size, leave the flag out."
             )
         config.check()  # once more: overrides given as a function bypass YocoUConfig.update
-        check_files(Path(model_config.model))
-        if config.leaves_gate_to_weights:
-            from vllm_yocou.feed_forward import has_shared_expert_gate
-
-            config.shared_expert_gate = has_shared_expert_gate(model_config.model)
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
@@ -52,6 +45,7 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
 
         from vllm_yocou import row_metrics, v1_runner
 
+        _look_at_weights(vllm_config)
         parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
         _check_shards(vllm_config.model_config.hf_config, parallel)
         if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
@@ -86,6 +80,19 @@ class YocoUEngineConfig(VerifyAndUpdateConfig):
                 "A request with a seed and temperature above 0 ends vLLM's CPU engine if its prompt takes several "
                 "chunks, and is not refused under speculative decoding: leave the seed out."
             )
+
+
+def _look_at_weights(vllm_config: "VllmConfig") -> None:
+    """Their files must be whole; and they alone may say whether a shared expert is gated."""
+    from vllm_yocou.checkpoint import check_files
+    from vllm_yocou.feed_forward import has_shared_expert_gate
+
+    model_config = vllm_config.model_config
+    # Random weights need no files, and those in object storage lie elsewhere.
+    if vllm_config.load_config.load_format != "dummy" and not model_config.model_weights:
+        check_files(Path(model_config.model))
+    if model_config.hf_config.leaves_gate_to_weights:
+        model_config.hf_config.shared_expert_gate = has_shared_expert_gate(model_config.model)
 
 
 def _check_shards(config: "YocoUConfig", parallel: "ParallelConfig") -> None:

@@ -21,7 +21,7 @@ from vllm_yocou.converter import Plan, assemble, read_tensors, redundant
 from vllm_yocou.foreign import json_object
 
 # Values of a Llama's config with which it computes what a YOCO-U layer can.
-PLAIN = {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "hidden_act": "silu"}
+PLAIN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
 # Of LlamaConfig and YocoUConfig alike.
 SHARED_KEYS = (
     "vocab_size",
