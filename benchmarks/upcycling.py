@@ -21,8 +21,7 @@ from vllm_yocou import upcycling
 from vllm_yocou.reference import YocoUForCausalLM
 
 WINDOW, TOKENS = 128, 256  # W, and tokens of a row
-STEPS, WARMUP = 32, 4  # of one row each
-HELD_OUT = 8
+WARMUP = 4  # steps
 LEARNING_RATE = 5e-4
 NEXT_TOKEN = 0.1  # weight of the next-token loss beside the divergence from the source
 
@@ -93,14 +92,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("text", type=Path, help="a text file; rows from all over it are taken")
+    parser.add_argument("--steps", type=int, default=32, help="of one row each")
+    parser.add_argument("--held-out", type=int, default=8, help="rows")
     arguments = parser.parse_args()
+    steps, held = arguments.steps, arguments.held_out
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(arguments.source)
     ids = torch.tensor(tokenizer(arguments.text.read_text(), add_special_tokens=False)["input_ids"])
     rows = ids[: len(ids) // TOKENS * TOKENS].view(-1, TOKENS)
-    rows = rows[torch.linspace(0, len(rows) - 1, STEPS + HELD_OUT).long()]
+    rows = rows[torch.linspace(0, len(rows) - 1, steps + held).long()]
     is_held_out = torch.zeros(len(rows), dtype=torch.bool)
-    is_held_out[torch.linspace(1, len(rows) - 2, HELD_OUT).long()] = True
+    is_held_out[torch.linspace(1, len(rows) - 2, held).long()] = True
     training, held_out = rows[~is_held_out], rows[is_held_out]
 
     teacher = AutoModelForCausalLM.from_pretrained(arguments.source, dtype=torch.float32).eval()
@@ -124,9 +126,9 @@ def main() -> None:
             row += [f"{after.mean():.2f}", "" if after is first else f"{(after - first).mean():+.3f} ± {error:.3f}"]
         table.append(row + [""] * (6 - len(row)))
         print(*row, f"{time.perf_counter() - start_s:.0f} s", sep=" | ", file=sys.stderr, flush=True)
-    note = f"Rows of {TOKENS} tokens, W = {WINDOW}, float32. Held out: {HELD_OUT * (TOKENS - 1)} tokens. "
+    note = f"Rows of {TOKENS} tokens, W = {WINDOW}, float32. Held out: {held * (TOKENS - 1)} tokens. "
     note += (
-        f"Healing: {STEPS} steps of a row ({STEPS * TOKENS} tokens), AdamW at {LEARNING_RATE}. ±: standard error over "
+        f"Healing: {steps} steps of a row ({steps * TOKENS} tokens), AdamW at {LEARNING_RATE}. ±: standard error over "
     )
     note += "the held-out rows."
     header = ["start", "S + C", "T", "nats a token at the start", "after healing", "against the first"]
