@@ -21,5 +21,6 @@ needs_compiler = pytest.mark.skipif(
 def serving(folder: Path, *settings: str):
     """The trained checkpoint behind vLLM's OpenAI server, started as `make serve` does, with the log in `folder`."""
     command = [sys.executable, str(ROOT / "examples" / "serve.py"), *settings]
-    with server.serving(command, folder / "log", ready="Ready. Paste") as started:
+    # The session's server lives from the first test that asks for it to the last.
+    with server.serving(command, folder / "log", ready="Ready. Paste", limit_s=4 * 3600) as started:
         yield started
