@@ -1,6 +1,6 @@
 """Eager, with the loop compiled unrolled, and with one pass compiled once: decode, where its time goes, and prefill."""
 
-from benchmarks.engine import Stopwatch, config, decoding, print_table, runner, start  # isort: skip
+from benchmarks.engine import Stopwatch, config, decoding, print_table, prompt_s, runner, start  # isort: skip
 import statistics
 import time
 from contextlib import ExitStack
@@ -9,7 +9,6 @@ from unittest.mock import patch
 import torch
 from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile
-from vllm import SamplingParams
 
 from vllm_yocou import model
 from vllm_yocou.compilation import compiled_unit
@@ -130,12 +129,9 @@ def decode(engines: dict) -> None:
 
 def prefill(engines: dict) -> None:
     times = {way: [] for way in engines}
-    parameters = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
     for _ in range(PROMPTS):
         for way, llm in engines.items():
-            start_s = time.perf_counter()
-            llm.generate([{"prompt_token_ids": [5] * PROMPT}], parameters, use_tqdm=False)
-            times[way].append(time.perf_counter() - start_s)
+            times[way].append(prompt_s(llm, PROMPT))
     medians = {way: statistics.median(seconds) for way, seconds in times.items()}
     rows = [[way, f"{s:.2f} s", f"{medians['eager'] / s:.2f}x"] for way, s in medians.items()]
     note = f"The same engines: prompts of {PROMPT} tokens, one at a time, medians of {PROMPTS} in turn."

@@ -96,6 +96,14 @@ def core(llm: LLM):
     return llm.llm_engine.engine_core.engine_core
 
 
+def prompt_s(llm: LLM, tokens: int) -> float:
+    """Seconds to the first token of one request of so many tokens."""
+    parameters = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+    start_s = time.perf_counter()
+    llm.generate([{"prompt_token_ids": [5] * tokens}], parameters, use_tqdm=False)
+    return time.perf_counter() - start_s
+
+
 def steps_of_prompts(llm: LLM, batch: int, context: int) -> int:
     """Steps, at most, until `batch` prompts of `context` tokens are all computed, each in chunks."""
     chunk = core(llm).scheduler.max_num_scheduled_tokens

@@ -6,7 +6,17 @@ IQuestLoopCoder, whose S + C layers run twice, the second time over a window. Wi
 a GPU.
 """
 
-from benchmarks.engine import LAYOUTS, block_bytes, config, core, decoding, print_table, start, steps_of_prompts
+from benchmarks.engine import (
+    LAYOUTS,
+    block_bytes,
+    config,
+    core,
+    decoding,
+    print_table,
+    prompt_s,
+    start,
+    steps_of_prompts,
+)
 
 import argparse  # isort: skip
 import os
@@ -18,7 +28,7 @@ from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, PretrainedConfig
-from vllm import LLM, SamplingParams
+from vllm import LLM
 
 from benchmarks.kv_layout import held_in_decode
 
@@ -85,14 +95,6 @@ def peers(sizes: Sizes) -> dict[str, tuple[PretrainedConfig, dict]]:
         "YOCO-U, a group for each cache": (ours, pool(passes // 4) | naive),
         "IQuestLoopCoder, 2 · (S + C) passes": (looped, pool(stored)),
     }
-
-
-def prompt_s(llm: LLM, tokens: int) -> float:
-    """Seconds to the first token of one request."""
-    parameters = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-    start_s = time.perf_counter()
-    llm.generate([{"prompt_token_ids": [5] * tokens}], parameters, use_tqdm=False)
-    return time.perf_counter() - start_s
 
 
 def prefill(engines: dict[str, LLM], prompts: dict[int, int]) -> dict[int, dict[str, float]]:

@@ -1,11 +1,8 @@
 """Prefill with and without skipping the cross-decoder, beside the ceiling: the self-decoder and the head alone."""
 
-from benchmarks.engine import config, print_table, runner, start  # isort: skip
+from benchmarks.engine import config, print_table, prompt_s, runner, start  # isort: skip
 import statistics
-import time
 from contextlib import contextmanager
-
-from vllm import SamplingParams
 
 ROUNDS = {512: 15, 4096: 5, 16384: 3}
 SHAPE = "77M"
@@ -54,24 +51,18 @@ class Prefill:
         finally:
             self.model.cross_decoder.forward = forward
 
-    def seconds(self, tokens: int) -> float:
-        parameters = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-        start_s = time.perf_counter()
-        self.llm.generate([{"prompt_token_ids": [5] * tokens}], parameters, use_tqdm=False)
-        return time.perf_counter() - start_s
-
 
 def main() -> None:
     cfg = config(SHAPE)
     prefill, rows = Prefill(cfg), []
     ways = (prefill.every_row, prefill.skipping, prefill.self_decoder_alone)
-    prefill.seconds(512)
+    prompt_s(prefill.llm, 512)
     for tokens, rounds in ROUNDS.items():
         times = {way: [] for way in ways}
         for _ in range(rounds):
             for way in ways:
                 with way():
-                    times[way].append(prefill.seconds(tokens))
+                    times[way].append(prompt_s(prefill.llm, tokens))
         every_s, skipping_s, alone_s = (statistics.median(times[way]) for way in ways)
         by_flops = flops(cfg, tokens, tokens) / flops(cfg, tokens, 0)
         rows.append(

@@ -5,7 +5,7 @@
 Trains the model of examples/train.py (see there for the corpus) once for each T, then serves each checkpoint.
 """
 
-from benchmarks.engine import block_bytes, decoding, print_table
+from benchmarks.engine import block_bytes, decoding, print_table, prompt_s
 
 import argparse  # isort: skip
 import json
@@ -20,7 +20,6 @@ from pathlib import Path
 from vllm import LLM
 
 from benchmarks.kv_layout import held_in_decode
-from benchmarks.peers import prompt_s
 
 ITERATIONS = (1, 2, 3, 5)
 PROMPT, BATCH, ROUNDS, STEPS = 1024, 8, 5, 20

@@ -135,7 +135,7 @@ class RowSelecting:
         metadata.most_rows = common_attn_metadata.max_query_len
         if selected is not None:
             metadata.selected_rows_M = async_tensor_h2d(selected.rows_M, device=self.device)
-            metadata.most_rows = int(np.diff(selected.query_start_loc).max())
+            metadata.most_rows = int(selected.queries_R.max())
         if self.counters is not None and not self.capturing:
             rows = int(common_attn_metadata.query_start_loc_cpu[-1])
             self.counters.count(rows, rows if selected is None else len(selected.rows_M))
@@ -151,7 +151,7 @@ class RowSelecting:
 
 def reduce_metadata(batch: CommonAttentionMetadata, selected: SelectedRows) -> CommonAttentionMetadata:
     """The batch as the cross-decoder sees it: same requests and contexts, fewer queries."""
-    queries = np.diff(selected.query_start_loc)
+    queries = selected.queries_R
     padding = batch.num_reqs - len(queries)
     start_cpu = torch.from_numpy(np.pad(selected.query_start_loc, (0, padding), mode="edge"))
     return batch.replace(

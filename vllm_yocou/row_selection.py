@@ -7,6 +7,7 @@ that aligns queries with the end of the context needs no change.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,6 +59,11 @@ class SelectedRows:
 
     rows_M: np.ndarray
     query_start_loc: np.ndarray
+
+    @cached_property
+    def queries_R(self) -> np.ndarray:
+        """(requests,) how many rows each request has among the M."""
+        return np.diff(self.query_start_loc)
 
 
 def select_rows(
