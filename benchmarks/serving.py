@@ -23,7 +23,8 @@ WAYS = {
     "every row": ["--no-enable-prefix-caching", "--additional-config", '{"yocou": {"skip_rows": false}}'],
 }
 # All prompts begin alike: a system prompt, then a question.
-PREFIX, INPUT, OUTPUT, PROMPTS, CONCURRENCY = 1024, 256, 32, 24, 4
+PREFIX, INPUT, OUTPUT, CONCURRENCY = 1024, 256, 32, 4
+PROMPTS, WARM_UP = 20, 4
 FIGURES = {
     "request_throughput": "requests/s",
     "total_token_throughput": "tokens/s, prompts and answers",
@@ -32,15 +33,15 @@ FIGURES = {
 }
 
 
-def figures(server: Server, folder: Path, seed: int) -> list[float]:
+def figures(server: Server, folder: Path, seed: int, prompts: int) -> list[float]:
     mix = f"--dataset-name random --random-prefix-len {PREFIX} --random-input-len {INPUT} --random-output-len {OUTPUT}"
-    mix += f" --num-prompts {PROMPTS} --max-concurrency {CONCURRENCY} --seed {seed} --ignore-eos"
+    mix += f" --num-prompts {prompts} --max-concurrency {CONCURRENCY} --seed {seed} --ignore-eos"
     command = [VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.url, "--model", server.model]
     command += ["--tokenizer", str(TOKENIZER), *mix.split()]
     command += ["--save-result", "--result-dir", str(folder), "--result-filename", "result.json"]
     subprocess.run(command, env=user_environment(), check=True, capture_output=True, timeout=600)
     result = json.loads((folder / "result.json").read_text())
-    assert result["completed"] == PROMPTS
+    assert result["completed"] == prompts
     return [result[key] for key in FIGURES]
 
 
@@ -60,10 +61,12 @@ def main() -> None:
             )
             for i, (way, more) in enumerate(WAYS.items())
         }
-        for seed in range(ROUNDS + 1):  # the first one warms up
+        for server in servers.values():
+            figures(server, folder, ROUNDS, WARM_UP)
+        for seed in range(ROUNDS):
             for way, server in servers.items():
-                runs[way].append(figures(server, folder, seed))
-    medians = {way: [statistics.median(part) for part in zip(*taken[1:], strict=True)] for way, taken in runs.items()}
+                runs[way].append(figures(server, folder, seed, PROMPTS))
+    medians = {way: [statistics.median(part) for part in zip(*taken, strict=True)] for way, taken in runs.items()}
     last = medians["every row"]
     rows = [
         [way, *(f"{value:,.1f} ({value / base:.2f}x)" for value, base in zip(values, last, strict=True))]

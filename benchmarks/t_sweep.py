@@ -64,6 +64,15 @@ def serve(folders: dict[int, Path]) -> dict[int, tuple[float, float, int]]:
     }
 
 
+def table(perplexity: dict[int, float], costs: dict[int, tuple[float, float, int]]) -> list[list]:
+    rows = []
+    for t, (prompt, step, kv) in costs.items():
+        base = costs[ITERATIONS[0]]
+        cells = [f"{PROMPT / prompt:,.0f} ({base[0] / prompt:.2f}x)", f"{BATCH / step:,.0f} ({base[1] / step:.2f}x)"]
+        rows.append([t, perplexity[t], *cells, f"{kv / 2**20:.2f} MiB ({kv / base[2]:.2f}x)"])
+    return rows
+
+
 def draw(perplexity: dict[int, float], costs: dict[int, tuple[float, float, int]], title: str) -> None:
     import matplotlib
 
@@ -96,17 +105,12 @@ def main() -> None:
         costs = serve(folders)
     perplexity = {t: reports[t]["held_out_perplexity"][f"YOCO-U, T = {t}"] for t in ITERATIONS}
     one = reports[ITERATIONS[0]]
-    rows = []
-    for t, (prompt, step, kv) in costs.items():
-        base = costs[ITERATIONS[0]]
-        cells = [f"{PROMPT / prompt:,.0f} ({base[0] / prompt:.2f}x)", f"{BATCH / step:,.0f} ({base[1] / step:.2f}x)"]
-        rows.append([t, perplexity[t], *cells, f"{kv / 2**20:.2f} MiB ({kv / base[2]:.2f}x)"])
     note = (
         f"{one['parameters']:,} parameters, {one['training_tokens']:,} training tokens and one seed for each T; "
         f"float32, eager, prompts of {PROMPT} tokens, {BATCH} requests in decode; in brackets over T = 1."
     )
     header = ["T", "held-out perplexity", "prefill tokens/s", "decode tokens/s", "KV a request"]
-    print_table("T", note, header, rows)
+    print_table("T", note, header, table(perplexity, costs))
     draw(perplexity, costs, f"{one['parameters']:,} parameters, {one['training_tokens']:,} training tokens")
 
 
