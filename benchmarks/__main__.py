@@ -1,19 +1,37 @@
-"""`python -m benchmarks [TABLE ...] [--paper]`: each table in a process of its own, by default all of them.
+"""The tables and pictures of the README, each in a process of its own.
 
-With `--paper` the tables that have one take the paper's 1.3B shape, for a GPU.
+python -m benchmarks                          all that need nothing but this tree
+python -m benchmarks prefill peers            some of them
+python -m benchmarks t_sweep --corpus kjv     one with arguments, which --help lists
+python -m benchmarks --paper                  those of the paper's 1.3B shape, on a GPU
 """
 
 import subprocess
 import sys
+from itertools import takewhile
 
 TABLES = ("kv_layout", "scheduling", "prefill", "chunk_size", "compilation", "start_up", "peers", "reference_model")
-TABLES += ("serving", "kernels")
+TABLES += ("serving", "evaluation", "soak", "kernels")
+WITH_ARGUMENTS = ("t_sweep", "upcycling", "healing")
 OF_PAPER = ("peers",)
 
+
+def main(words: list[str]) -> None:
+    known = TABLES + WITH_ARGUMENTS
+    chosen = tuple(takewhile(known.__contains__, words))
+    arguments = words[len(chosen) :]
+    if not chosen and arguments == ["--paper"]:
+        chosen = OF_PAPER
+    elif arguments and len(chosen) != 1:
+        sys.exit(f"{arguments[0]}: no table, choose from {', '.join(known)}; one at a time where it has arguments.")
+    failed = [
+        table
+        for table in chosen or TABLES
+        if subprocess.run([sys.executable, "-m", f"benchmarks.{table}", *arguments]).returncode
+    ]
+    if failed:
+        sys.exit(f"no table from {', '.join(failed)}: see above.")
+
+
 if __name__ == "__main__":
-    paper, chosen = "--paper" in sys.argv, [name for name in sys.argv[1:] if name != "--paper"]
-    known = OF_PAPER if paper else TABLES
-    if unknown := set(chosen) - set(known):
-        sys.exit(f"{', '.join(sorted(unknown))}: no table{' with --paper' * paper}, choose from {', '.join(known)}.")
-    for table in chosen or known:
-        subprocess.run([sys.executable, "-m", f"benchmarks.{table}", *["--paper"] * paper], check=True)
+    main(sys.argv[1:])

@@ -75,7 +75,7 @@ LAYOUTS = {"naive": {"max_global_block": 1}, "packed": {}}
 
 
 def config(shape: str, **changed) -> YocoUConfig:
-    sizes = dict(vocab_size=8192, max_position_embeddings=1 << 18, architectures=["YocoUForCausalLM"])
+    sizes = dict(vocab_size=8192, max_position_embeddings=1 << 19, architectures=["YocoUForCausalLM"])
     return YocoUConfig(**sizes | SHAPES[shape] | changed)
 
 
@@ -143,10 +143,18 @@ def decoding(llm: LLM, batch: int, context: int = 600, room: int = 3000):
     assert not core(llm).scheduler.running
 
 
+def step_s(llm: LLM) -> float:
+    """Seconds of one step. With async scheduling a step is waited for in the next one: take medians, not sums."""
+    start_s = time.perf_counter()
+    llm.llm_engine.step()
+    return time.perf_counter() - start_s
+
+
 def block_bytes(llm: LLM) -> int:
     """Bytes of a block of the KV cache pool, as vLLM allocated it."""
     kv_config = core(llm).scheduler.kv_cache_config
-    return sum(tensor.size for tensor in kv_config.kv_cache_tensors) // kv_config.num_blocks
+    (pool,) = {tensor.size for tensor in kv_config.kv_cache_tensors}  # of each group the same bytes
+    return pool // kv_config.num_blocks
 
 
 class Stopwatch:

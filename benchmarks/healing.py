@@ -3,10 +3,11 @@
     python -m benchmarks.healing LLAMA prose.txt --steps 16 --keep healed
 
 Runs `vllm-yocou upcycle` and examples/distill.py as a user does, then lm-eval and decode steps in vLLM. With --keep the
-healed checkpoints stay, and those found there are not made again.
+healed checkpoints stay, those found there are not made again, and a run that was stopped goes on. Options that are not
+of this table are distill.py's: --precision bfloat16 --batch 8 --accumulate 1 on a GPU.
 """
 
-from benchmarks.engine import block_bytes, decoding, print_table
+from benchmarks.engine import block_bytes, decoding, print_table, step_s
 
 import argparse  # isort: skip
 import json
@@ -15,11 +16,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig
 from vllm import LLM
 
@@ -44,7 +45,8 @@ class Made:
     report: dict
 
 
-def make(source: Path, text: Path, folder: Path, iterations: int, steps: int) -> Made:
+def make(source: Path, text: Path, folder: Path, iterations: int, steps: int, more: list[str]) -> Made:
+    """`more` arguments go to distill.py. A run that was stopped goes on from what it saved."""
     start, healed = folder / f"T{iterations}", folder / f"T{iterations}-{steps}"
     if not start.exists():
         layers = AutoConfig.from_pretrained(source).num_hidden_layers
@@ -53,8 +55,10 @@ def make(source: Path, text: Path, folder: Path, iterations: int, steps: int) ->
     report = healed / "distillation.json"
     if not report.exists():
         command = [sys.executable, str(ROOT / "examples" / "distill.py"), str(source), str(start), str(healed)]
-        command += ["--text", str(text), "--steps", str(steps), "--every", str(math.ceil(steps / 2))]
-        command += ["--sequence", str(ROW), "--accumulate", str(STEP_ROWS)]
+        command += ["--text", str(text), "--steps", str(steps), "--every", str(math.ceil(steps / 20))]
+        command += ["--sequence", str(ROW), "--accumulate", str(STEP_ROWS), *more]
+        if any((healed / "steps").glob("checkpoint-*")):
+            command.append("--resume")
         subprocess.run(command, env=user_environment(), check=True)
     return Made(start, healed, json.loads(report.read_text()))
 
@@ -68,28 +72,25 @@ def scores(model: Path, limit: int) -> list[float]:
 def serve(models: list[Path]) -> list[tuple[int, float]]:
     """KV bytes of a request of KV_TOKENS, and median seconds of a decode step of one of CONTEXT, model by model."""
     settings = dict(dtype="float32", max_model_len=KV_TOKENS, max_num_seqs=1, kv_cache_memory_bytes=1 << 30)
-    settings |= dict(enforce_eager=True, enable_prefix_caching=False, max_num_batched_tokens=1024)
+    settings |= dict(enforce_eager=not torch.cuda.is_available(), enable_prefix_caching=False)
     engines = [LLM(str(model), **settings) for model in models]
-    step_s = [[] for _ in engines]
+    taken = [[] for _ in engines]
     with ExitStack() as stack:
         for llm in engines:
             stack.enter_context(decoding(llm, batch=1, context=CONTEXT, room=ROUNDS * STEPS + 8))
         for _ in range(ROUNDS):
-            for llm, times in zip(engines, step_s, strict=True):
-                start_s = time.perf_counter()
-                for _ in range(STEPS):
-                    llm.llm_engine.step()
-                times.append((time.perf_counter() - start_s) / STEPS)
+            for llm, times in zip(engines, taken, strict=True):
+                times += [step_s(llm) for _ in range(STEPS)]
     held = [held_in_decode(llm, KV_TOKENS) * block_bytes(llm) for llm in engines]
-    return [(size, statistics.median(times)) for size, times in zip(held, step_s, strict=True)]
+    return [(size, statistics.median(times)) for size, times in zip(held, taken, strict=True)]
 
 
 def table(made: dict[int, Made], found: dict[Path, list[float]], source: Path, costs: list[tuple[int, float]]) -> list:
     """`costs` of the source, then of each T."""
-    kv, step_s = costs[0]
+    kv, next_s = costs[0]
 
     def row(name: str, t: int | str, perplexity: float, model: Path, cost: tuple[int, float]) -> list:
-        ours = [f"{cost[0] / 2**20:.1f} MiB ({kv / cost[0]:.1f}x)", f"{1 / cost[1]:.1f} ({step_s / cost[1]:.2f}x)"]
+        ours = [f"{cost[0] / 2**20:.1f} MiB ({kv / cost[0]:.1f}x)", f"{1 / cost[1]:.1f} ({next_s / cost[1]:.2f}x)"]
         return [name, t, f"{perplexity:,.1f}", *(f"{score:.3f}" for score in found[model]), *ours]
 
     source_perplexity = next(iter(made.values())).report["held_out_perplexity"]["source"]
@@ -108,12 +109,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help=f"of {STEP_ROWS * ROW} tokens each")
     parser.add_argument("--limit", type=int, default=100, help="items of each task")
     parser.add_argument("--keep", type=Path, help="folder for what is made")
-    arguments = parser.parse_args()
+    arguments, more = parser.parse_known_args()
     subprocess.run([sys.executable, "examples/lm_eval/fetch.py"], cwd=ROOT, check=True)
     source, limit = arguments.source.resolve(), arguments.limit
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.keep or Path(temporary)).resolve()
-        made = {t: make(source, arguments.text, folder, t, arguments.steps) for t in ITERATIONS}
+        made = {t: make(source, arguments.text, folder, t, arguments.steps, more) for t in ITERATIONS}
         models = [source, *(path for model in made.values() for path in (model.start, model.healed))]
         found = {model: scores(model, limit) for model in models}
         costs = serve([source, *(model.healed for model in made.values())])
@@ -122,7 +123,7 @@ def main() -> None:
         f"{source.name}, half of its layers in the self-decoder, W = {WINDOW}. Healing: {arguments.steps} steps, "
         f"{one['training_tokens']:,} tokens. Perplexity of {one['held_out_tokens']:,} held-out tokens; "
         f"the first {limit} items of each task, niah of {RULER_TOKENS} tokens; KV cache of {KV_TOKENS} tokens and "
-        f"decode steps at {CONTEXT}, one request, float32, eager, medians of {ROUNDS} rounds of {STEPS} in turn. "
+        f"decode steps at {CONTEXT}, one request, float32, medians of {ROUNDS * STEPS} in turn. "
         "In brackets: the source's KV cache over this one, and this speed over the source's."
     )
     header = ["model", "T", "held-out perplexity", "PIQA", "BoolQ", RULER[0], "KV cache", "decode tokens/s"]

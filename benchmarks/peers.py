@@ -2,8 +2,8 @@
 
 Peers have the width, heads and feed-forward of YOCO-U. One Transformer has as many layers as YOCO-U has layer passes,
 S·T + C, one as many as it stores, S + C. The looped ones are YOCO-U with a KV cache group for each cache, and vLLM's
-IQuestLoopCoder, whose S + C layers run twice, the second time over a window. With --paper the shape is the paper's, on
-a GPU.
+IQuestLoopCoder, whose S + C layers run twice, the second time over a window. All have vLLM's default settings, so that
+YOCO-U's chunks are the plugin's and the others' are vLLM's. With --paper the shape is the paper's, on a GPU.
 """
 
 from benchmarks.engine import (
@@ -15,13 +15,13 @@ from benchmarks.engine import (
     print_table,
     prompt_s,
     start,
+    step_s,
     steps_of_prompts,
 )
 
 import argparse  # isort: skip
 import os
 import statistics
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +31,11 @@ from transformers import LlamaConfig, PretrainedConfig
 from vllm import LLM
 
 from benchmarks.kv_layout import held_in_decode
+from vllm_yocou.kv_bytes import KVBytes
 
-CHUNK, BUDGET_BYTES = 1024, 1 << 30
+MARGIN = 4096  # tokens that a request has room for beyond its prompt, or in flight in a window cache
 OURS, LIKE_PAPER = "YOCO-U", "Transformer, S + C layers"
-PICTURE = Path(__file__).parent / "pictures" / "peers.png"
+PICTURES = Path(__file__).parent / "pictures"
 
 # Of the paper's table (SPEC.md, section 5): YOCO-U over the Transformer of S + C layers, prefill, decode, KV bytes.
 PAPER_RATIOS = {
@@ -47,23 +48,39 @@ PAPER_RATIOS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Prompt rounds by length in tokens, and requests of the decode steps; a pool takes `most_kv_bytes` at most."""
+    """Prompt rounds by length in tokens, requests of the decode steps, and how much a pool has to hold.
+
+    All requests of the largest batch fit at `together` tokens, one of them at the longest length.
+    """
 
     shape: str
     dtype: str
     prompts: dict[int, int]
     batches: tuple[int, ...]
-    most_kv_bytes: int
+    together: int
+    budget_bytes: int
+    picture: str
     changed: dict
 
 
-SMALL = Sizes("77M", "float32", {1 << 10: 3, 4 << 10: 2, 16 << 10: 1}, (1, 8), 5 << 30, dict(num_key_value_heads=2))
+SMALL = Sizes(
+    "77M",
+    "float32",
+    {1 << 10: 5, 4 << 10: 3, 16 << 10: 3},
+    (1, 8),
+    16 << 10,
+    1 << 30,
+    "peers.png",
+    dict(num_key_value_heads=2),
+)
 PAPER = Sizes(
     "paper 1.3B",
     "bfloat16",
-    {1 << 10: 5, 4 << 10: 5, 16 << 10: 3, 64 << 10: 3, 256 << 10: 1},
+    {1 << 10: 5, 4 << 10: 5, 8 << 10: 5, 16 << 10: 3, 64 << 10: 3, 256 << 10: 1},
     (1, 8),
-    16 << 30,
+    64 << 10,
+    80 << 30,
+    "peers_paper.png",
     {},
 )
 STEPS, ROUNDS = 8, 3
@@ -79,21 +96,26 @@ def peers(sizes: Sizes) -> dict[str, tuple[PretrainedConfig, dict]]:
         kept = {key: getattr(ours, key) for key in (*same.split(), "max_position_embeddings")}
         return LlamaConfig(**kept, num_hidden_layers=layers, architectures=[architecture], **more)
 
-    def pool(layers: int) -> dict:
-        """Room for all requests of the longest context in this many layers' caches; some more than YOCO-U needs."""
-        token_bytes = layers * 2 * ours.num_key_value_heads * ours.head_dim * getattr(torch, sizes.dtype).itemsize
-        tokens = max(sizes.batches) * (max(sizes.prompts) + 4 * CHUNK)
-        return dict(kv_cache_memory_bytes=min(sizes.most_kv_bytes, token_bytes * tokens))
+    batch, longest = max(sizes.batches), max(sizes.prompts) + MARGIN
+    element_bytes = getattr(torch, sizes.dtype).itemsize
 
+    def pool(layers: int, share: float = 1.0) -> dict:
+        """Room in the caches of so many layers, each of all tokens."""
+        token_bytes = layers * 2 * ours.num_key_value_heads * ours.head_dim * element_bytes
+        return dict(kv_cache_memory_bytes=int(share * token_bytes * max(longest, batch * (sizes.together + MARGIN))))
+
+    kv = KVBytes.yoco_u(ours, element_bytes)
+    in_flight = kv.window_token * (ours.sliding_window + MARGIN)
+    room = dict(kv_cache_memory_bytes=batch * (kv.token * longest + in_flight))
     cross = ours.num_cross_decoder_layers
     naive = dict(additional_config={"yocou": LAYOUTS["naive"]})
     looped = llama(stored, "IQuestLoopCoderForCausalLM", loop_num=2, loop_window_size=ours.sliding_window)
     return {
-        OURS: (ours, pool(passes // 4)),
+        OURS: (ours, room),
         "Transformer, S·T + C layers": (llama(passes + cross), pool(passes + cross)),
         LIKE_PAPER: (llama(stored), pool(stored)),
-        "YOCO-U, a group for each cache": (ours, pool(passes // 4) | naive),
-        "IQuestLoopCoder, 2 · (S + C) passes": (looped, pool(stored)),
+        "YOCO-U, a group for each cache": (ours, room | naive),
+        "IQuestLoopCoder, 2 · (S + C) passes": (looped, pool(stored, 1.25)),
     }
 
 
@@ -113,30 +135,26 @@ def prefill(engines: dict[str, LLM], prompts: dict[int, int]) -> dict[int, dict[
 
 def decode(engines: dict[str, LLM], context: int, batch: int) -> dict[str, float]:
     """Median seconds of a step by engine; of those whose pool holds so many requests."""
-    step_s: dict[str, list[float]] = {}
+    taken: dict[str, list[float]] = {}
     with ExitStack() as stack:
         for name, llm in engines.items():
             pool = core(llm).scheduler.kv_cache_config.num_blocks
             longest = context + STEPS * ROUNDS + steps_of_prompts(llm, batch, context)
             if held_in_decode(llm, longest) * batch < pool:
                 stack.enter_context(decoding(llm, batch, context, STEPS * ROUNDS + 8))
-                step_s[name] = []
+                taken[name] = []
         for _ in range(ROUNDS):
-            for name, times in step_s.items():
-                for _ in range(STEPS):
-                    start_s = time.perf_counter()
-                    engines[name].llm_engine.step()
-                    times.append(time.perf_counter() - start_s)
-    return {name: statistics.median(times) for name, times in step_s.items()}
+            for name, times in taken.items():
+                times += [step_s(engines[name]) for _ in range(STEPS)]
+    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def ratio(ours: float | None, theirs: float | None, paper: float | None = None) -> str:
-    if ours is None or theirs is None:
-        return ""
-    return f"{ours / theirs:.2f}x" + (f" (paper {paper:.2f}x)" if paper else "")
+    here = "" if ours is None or theirs is None else f"{ours / theirs:.2f}x"
+    return f"{here} (paper {paper:.2f}x)".strip() if paper else here
 
 
-def table(names: list[str], sizes: Sizes, first_s: dict, step_s: dict, held_bytes: dict) -> list[list]:
+def table(names: list[str], sizes: Sizes, first_s: dict, next_s: dict, held_bytes: dict) -> list[list]:
     rows = []
     for tokens in sizes.prompts:
         paper = PAPER_RATIOS.get(tokens, (None, None, None))
@@ -145,16 +163,16 @@ def table(names: list[str], sizes: Sizes, first_s: dict, step_s: dict, held_byte
             of_paper = paper if name == LIKE_PAPER else (None, None, None)
             cells = [f"{tokens / prompt:,.0f} ({prompt:.2f} s)", ratio(prompt, first_s[tokens][OURS], of_paper[0])]
             for batch in sizes.batches:
-                steps = step_s[tokens, batch]
+                steps = next_s[tokens, batch]
                 cells.append(f"{batch / steps[name]:.1f}" if name in steps else "does not fit")
                 cells.append(ratio(steps.get(name), steps.get(OURS), of_paper[1] if batch > 1 else None))
             ours = held_bytes[tokens][OURS]
-            cells += [f"{kv / 2**20:.1f} MiB", ratio(ours, kv, of_paper[2]), BUDGET_BYTES // kv]
+            cells += [f"{kv / 2**20:.1f} MiB", ratio(ours, kv, of_paper[2]), sizes.budget_bytes // kv]
             rows.append([tokens, name, *cells])
     return rows
 
 
-def draw(names: list[str], sizes: Sizes, first_s: dict, step_s: dict, held_bytes: dict, title: str) -> None:
+def draw(names: list[str], sizes: Sizes, first_s: dict, next_s: dict, held_bytes: dict, title: str) -> None:
     import matplotlib
 
     matplotlib.use("agg")
@@ -165,8 +183,8 @@ def draw(names: list[str], sizes: Sizes, first_s: dict, step_s: dict, held_bytes
     for name in names:
         bold = dict(label=name, marker="o", linewidth=2.5 if name == OURS else 1.2)
         prompts.plot(lengths, [tokens / first_s[tokens][name] for tokens in lengths], **bold)
-        fitting = [tokens for tokens in lengths if name in step_s[tokens, last]]
-        steps.plot(fitting, [last / step_s[tokens, last][name] for tokens in fitting], **bold)
+        fitting = [tokens for tokens in lengths if name in next_s[tokens, last]]
+        steps.plot(fitting, [last / next_s[tokens, last][name] for tokens in fitting], **bold)
         bytes_.plot(lengths, [held_bytes[tokens][name] / 2**20 for tokens in lengths], **bold)
     labels = ("prefill, tokens/s", f"decode, tokens/s, {last} requests", "KV cache, MiB a request")
     for axes, label in zip((prompts, steps, bytes_), labels, strict=True):
@@ -174,43 +192,44 @@ def draw(names: list[str], sizes: Sizes, first_s: dict, step_s: dict, held_bytes
         axes.set_xticks(lengths, [f"{tokens >> 10}k" for tokens in lengths])
     bytes_.legend(fontsize="small")
     figure.suptitle(title, fontsize="small")
-    PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE, dpi=110)
+    PICTURES.mkdir(exist_ok=True)
+    figure.savefig(PICTURES / sizes.picture, dpi=110)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--paper", action="store_true", help="the paper's 1.3B shape in bfloat16, for a GPU")
     sizes = PAPER if parser.parse_args(arguments).paper else SMALL
-    longest = max(sizes.prompts)
-    settings = dict(dtype=sizes.dtype, max_model_len=longest + 4 * CHUNK, max_num_batched_tokens=CHUNK)
-    settings |= dict(max_num_seqs=max(sizes.batches))
+    longest, most = max(sizes.prompts) + MARGIN, max(sizes.batches)
+    settings = dict(dtype=sizes.dtype, max_model_len=longest, max_num_seqs=most)
     on_gpu = torch.cuda.is_available()
     # All engines share a device; on a CPU nobody waits for five models to compile.
     settings |= dict(gpu_memory_utilization=0.15) if on_gpu else dict(enforce_eager=True)
     engines = {name: start(cfg, **settings | more) for name, (cfg, more) in peers(sizes).items()}
     first_s = prefill(engines, sizes.prompts)
-    step_s = {(tokens, batch): decode(engines, tokens, batch) for tokens in sizes.prompts for batch in sizes.batches}
+    next_s = {(tokens, batch): decode(engines, tokens, batch) for tokens in sizes.prompts for batch in sizes.batches}
     held_bytes = {
         tokens: {name: held_in_decode(llm, tokens) * block_bytes(llm) for name, llm in engines.items()}
         for tokens in sizes.prompts
     }
     names, cfg = list(engines), peers(sizes)[OURS][0]
+    chunks = {name: core(llm).scheduler.max_num_scheduled_tokens for name, llm in engines.items()}
     groups = {name: len(core(llm).scheduler.kv_cache_config.kv_cache_groups) for name, llm in engines.items()}
     note = (
         f"{sizes.shape} shape: width {cfg.hidden_size}, S {cfg.num_self_decoder_layers}, "
         f"C {cfg.num_cross_decoder_layers}, T {cfg.num_iterations}, W {cfg.sliding_window}, {cfg.num_attention_heads} "
         f"query and {cfg.num_key_value_heads} KV heads of {cfg.head_dim}; random weights, {sizes.dtype}, "
-        f"{'compiled' if on_gpu else 'eager'}, chunks of {CHUNK}; medians of "
+        f"{'compiled' if on_gpu else 'eager'}; medians of "
         f"{'/'.join(map(str, sizes.prompts.values()))} prompts and {STEPS * ROUNDS} steps, in turn. The paper's ratios "
         "are of its 1.3B shape in bfloat16, batch 32, on an H100. KV cache groups: "
-        f"{', '.join(f'{name} {n}' for name, n in groups.items())}."
+        f"{', '.join(f'{name} {n}' for name, n in groups.items())}. Tokens of a step: "
+        f"{', '.join(f'{name} {n}' for name, n in chunks.items())}."
     )
     header = ["tokens", "model", "prefill tokens/s (time to first token)", "YOCO-U / this"]
     for batch in sizes.batches:
         header += [f"decode tokens/s, batch {batch}", "YOCO-U / this"]
-    header += ["KV a request", "YOCO-U / this", "requests in 1 GiB"]
-    measured = (names, sizes, first_s, step_s, held_bytes)
+    header += ["KV a request", "YOCO-U / this", f"requests in {sizes.budget_bytes >> 30} GiB"]
+    measured = (names, sizes, first_s, next_s, held_bytes)
     print_table("YOCO-U and its peers", note, header, table(*measured))
     device = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores"
     draw(*measured, title=f"{sizes.shape} shape, {sizes.dtype}, {device}")

@@ -1,11 +1,14 @@
 """The served model beside transformers' generate() of the reference model: the same shape, prompts and thread count."""
 
-from benchmarks.engine import config, decoding, print_table, start
+from benchmarks.engine import config, decoding, print_table, start, step_s
 
 import statistics  # isort: skip
+import sys
 import time
+from itertools import pairwise
 
 import torch
+from transformers import StoppingCriteria
 from vllm import LLM, SamplingParams
 
 from vllm_yocou.reference import YocoUForCausalLM
@@ -15,15 +18,24 @@ PROMPTS, BATCHES = (512, 2048), (1, 8)
 STEPS, ROUNDS = 32, 3
 
 
+class Clock(StoppingCriteria):
+    """The time of each new token of generate(), which asks after each whether to stop: never."""
+
+    def __init__(self):
+        self.at_s: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        self.at_s.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def by_reference(model: YocoUForCausalLM, prompts_BN: torch.Tensor) -> tuple[float, float]:
-    """Seconds to the first token of all prompts, and of each further step."""
-    times = []
-    for new in (1, STEPS + 1):
-        start_s = time.perf_counter()
-        settings = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
-        model.generate(prompts_BN, attention_mask=torch.ones_like(prompts_BN), **settings)
-        times.append(time.perf_counter() - start_s)
-    return times[0], (times[1] - times[0]) / STEPS
+    """Seconds to the first token of all prompts, and the median of the further steps."""
+    clock, new = Clock(), STEPS + 1
+    settings = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, stopping_criteria=[clock])
+    start_s = time.perf_counter()
+    model.generate(prompts_BN, attention_mask=torch.ones_like(prompts_BN), **settings)
+    return clock.at_s[0] - start_s, statistics.median(b - a for a, b in pairwise(clock.at_s))
 
 
 def by_vllm(llm: LLM, prompts_BN: torch.Tensor) -> tuple[float, float]:
@@ -33,13 +45,14 @@ def by_vllm(llm: LLM, prompts_BN: torch.Tensor) -> tuple[float, float]:
     llm.generate([{"prompt_token_ids": prompt} for prompt in prompts_BN.tolist()], parameters, use_tqdm=False)
     first_s = time.perf_counter() - start_s
     with decoding(llm, *prompts_BN.shape, room=STEPS + 8):
-        start_s = time.perf_counter()
-        for _ in range(STEPS):
-            llm.llm_engine.step()
-        return first_s, (time.perf_counter() - start_s) / STEPS
+        return first_s, statistics.median(step_s(llm) for _ in range(STEPS))
 
 
 def main() -> None:
+    if torch.cuda.is_available():
+        sys.exit(
+            "reference_model compares both on a CPU, and vLLM would take the GPU: run it on a machine without one."
+        )
     cfg = config(SHAPE, max_position_embeddings=1 << 14)
     model = YocoUForCausalLM(cfg).eval()
     model.generation_config.pad_token_id = 0
@@ -49,14 +62,14 @@ def main() -> None:
         for batch in BATCHES:
             prompts_BN = torch.randint(1, cfg.vocab_size, (batch, tokens))
             times = {"generate()": [], "vLLM": []}
-            for _ in range(ROUNDS):
+            for _ in range(ROUNDS + 1):
                 times["generate()"].append(by_reference(model, prompts_BN))
                 times["vLLM"].append(by_vllm(llm, prompts_BN))
-            medians = {
-                way: [statistics.median(part) for part in zip(*taken, strict=True)] for way, taken in times.items()
+            medians = {  # the first round warms up
+                way: [statistics.median(part) for part in zip(*taken[1:], strict=True)] for way, taken in times.items()
             }
             (their_first, their_next), (our_first, our_next) = medians["generate()"], medians["vLLM"]
-            cells = [f"{their_first:.2f} s", f"{our_first:.2f} s", f"{their_first / our_first:.2f}x"]
+            cells = [f"{s * 1e3:,.0f} ms" for s in (their_first, our_first)] + [f"{their_first / our_first:.2f}x"]
             cells += [f"{batch / s:.1f}" for s in (their_next, our_next)] + [f"{their_next / our_next:.2f}x"]
             rows.append([tokens, batch, *cells])
     header = ["prompt", "batch", "first token, generate()", "vLLM", "generate() / vLLM"]

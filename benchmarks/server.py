@@ -35,9 +35,11 @@ class Server:
     process: subprocess.Popen
 
     def metric(self, name: str) -> dict[str, float]:
-        """Value by engine."""
+        """Value by engine; LookupError for a name that the server does not count."""
         with urllib.request.urlopen(f"{self.url}/metrics") as answer:
             lines = [line for line in answer.read().decode().splitlines() if line.startswith(f"{name}{{")]
+        if not lines:
+            raise LookupError(f"{name} is not among the server's metrics")
         return {line.split('engine="')[1].split('"')[0]: float(line.split()[-1]) for line in lines}
 
 

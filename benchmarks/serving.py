@@ -45,6 +45,15 @@ def figures(server: Server, folder: Path, seed: int, prompts: int) -> list[float
     return [result[key] for key in FIGURES]
 
 
+def table(medians: dict[str, list[float]]) -> list[list[str]]:
+    """`medians` of FIGURES; beside each what it is to the last way's."""
+    *_, last = medians.values()
+    return [
+        [way, *(f"{value:,.1f} ({value / base:.2f}x)" for value, base in zip(values, last, strict=True))]
+        for way, values in medians.items()
+    ]
+
+
 def main() -> None:
     runs = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
@@ -67,17 +76,12 @@ def main() -> None:
             for way, server in servers.items():
                 runs[way].append(figures(server, folder, seed, PROMPTS))
     medians = {way: [statistics.median(part) for part in zip(*taken, strict=True)] for way, taken in runs.items()}
-    last = medians["every row"]
-    rows = [
-        [way, *(f"{value:,.1f} ({value / base:.2f}x)" for value, base in zip(values, last, strict=True))]
-        for way, values in medians.items()
-    ]
     note = (
         f"{SHAPE} shape, random weights, float32, eager: {PROMPTS} prompts of {PREFIX} tokens in common and {INPUT} "
         f"of their own, {OUTPUT} tokens of answer, {CONCURRENCY} at a time; medians of {ROUNDS} runs in turn, and "
         "beside each what it is to the last line's."
     )
-    print_table("Serving", note, ["", *FIGURES.values()], rows)
+    print_table("Serving", note, ["", *FIGURES.values()], table(medians))
 
 
 if __name__ == "__main__":

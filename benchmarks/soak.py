@@ -184,6 +184,8 @@ class Client:
         expected, tokens = self.draw()
         wanted, served = self.random.choice((0, tokens)), []
         async with self.post(session, expected, CONTEXT - len(expected.prompt), stream=True) as response:
+            if response.status != 200:
+                raise Mistake("good requests are answered 200", f"{response.status} for a stream that is left")
             if wanted:
                 async for token in streamed_tokens(response):
                     served.append(token)

@@ -5,7 +5,7 @@
 Trains the model of examples/train.py (see there for the corpus) once for each T, then serves each checkpoint.
 """
 
-from benchmarks.engine import block_bytes, decoding, print_table, prompt_s
+from benchmarks.engine import block_bytes, decoding, print_table, prompt_s, step_s
 
 import argparse  # isort: skip
 import json
@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -50,10 +49,7 @@ def serve(folders: dict[int, Path]) -> dict[int, tuple[float, float, int]]:
             stack.enter_context(decoding(llm, BATCH, PROMPT, room=2 * ROUNDS * STEPS))
         for _ in range(ROUNDS):
             for t, llm in engines.items():
-                start_s = time.perf_counter()
-                for _ in range(STEPS):
-                    llm.llm_engine.step()
-                steps[t].append((time.perf_counter() - start_s) / STEPS)
+                steps[t] += [step_s(llm) for _ in range(STEPS)]
     return {
         t: (
             statistics.median(prompts[t][1:]),

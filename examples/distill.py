@@ -119,10 +119,13 @@ class Distillation(Trainer):
 
 
 class StepClock(TrainerCallback):
-    """Seconds spent in steps, without evaluation and saving."""
+    """Seconds spent in steps, without evaluation and saving, and the tokens of all devices in them."""
 
     def __init__(self):
-        self.s, self.steps, self.started_s = 0.0, 0, 0.0
+        self.s, self.tokens, self.started_s, self.seen = 0.0, 0, 0.0, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.seen = state.num_input_tokens_seen
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.started_s = time.perf_counter()
@@ -131,7 +134,8 @@ class StepClock(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.s += time.perf_counter() - self.started_s
-        self.steps += 1
+        # The last step of a pass over the text takes what is left of it.
+        self.tokens, self.seen = self.tokens + state.num_input_tokens_seen - self.seen, state.num_input_tokens_seen
 
 
 def step_flops(student: PreTrainedModel, teacher: PreTrainedModel, tokens: int) -> float:
@@ -205,6 +209,7 @@ def training_arguments(arguments: argparse.Namespace) -> TrainingArguments:
         warmup_steps=math.ceil(arguments.steps / 20),
         adam_beta2=0.95,
         max_grad_norm=1.0,
+        include_num_input_tokens_seen="all",
         logging_steps=max(1, arguments.steps // 100),
         eval_strategy="steps",
         eval_steps=arguments.every,
@@ -251,8 +256,9 @@ def distil(arguments: argparse.Namespace) -> None:
         refuse(f"{steps} holds no step to resume from: leave out --resume.")
     student, teacher, dtype = load(arguments)
     layer = arguments.hidden_layer or student.config.num_self_decoder_layers
-    if layer > teacher.config.num_hidden_layers:
-        refuse(f"{arguments.source} has {teacher.config.num_hidden_layers} layers, no {layer}: change --hidden-layer.")
+    if arguments.hidden and layer >= teacher.config.num_hidden_layers:
+        last = teacher.config.num_hidden_layers - 1
+        refuse(f"{arguments.source} shows its states behind layers 1 to {last}, not {layer}: change --hidden-layer.")
     tokenizer = AutoTokenizer.from_pretrained(arguments.student)
     training, held_out = split(read_rows(arguments.text, tokenizer, arguments.sequence), arguments.held_out)
     if not len(training):
@@ -291,17 +297,17 @@ def distil(arguments: argparse.Namespace) -> None:
     nats |= {"after": loss.nats(saved, rows), "source": loss.nats(teacher.float(), rows)}
     names = dict(training="training (the sum of all terms)", levels={"held out, source": nats["source"]})
     loss.draw(state.log_history, arguments.output / "loss.png", "Healing by distillation", **names)
-    step_rows = arguments.batch * arguments.accumulate  # of a device
     report = {
         "settings": json.loads(json.dumps(vars(arguments), default=str)),
-        "training_tokens": arguments.steps * step_rows * settings.world_size * arguments.sequence,
+        "training_tokens": state.num_input_tokens_seen,
         "held_out_tokens": sum(len(row) - 1 for row in rows),
         "held_out_perplexity": {name: round(math.exp(value), 2) for name, value in nats.items()},
         "history": state.log_history,
     }
     print("held-out perplexity:", report["held_out_perplexity"])
-    if clock.steps:
-        achieved = step_flops(student, teacher, arguments.sequence) * step_rows * clock.steps / clock.s
+    if clock.s:
+        rows_a_second = clock.tokens / arguments.sequence / settings.world_size / clock.s
+        achieved = step_flops(student, teacher, arguments.sequence) * rows_a_second
         peak = peak_flops(settings.device, DTYPES[arguments.precision])
         report["model_flops_utilisation"] = round(achieved / peak, 4)
         print(

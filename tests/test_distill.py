@@ -27,10 +27,8 @@ def distill():
         yield importlib.import_module("distill")
 
 
-@pytest.fixture(scope="module")
-def material(tmp_path_factory):
-    """A Llama with its tokenizer, a YOCO-U model made of it, and text in two formats."""
-    folder = tmp_path_factory.mktemp("material")
+def save_material(folder, **changed) -> None:
+    """A Llama with its tokenizer, a YOCO-U model made of it, and text in two formats; `changed` of the Llama."""
     (folder / "text.txt").write_text(TEXT)
     (folder / "text.jsonl").write_text("".join(json.dumps({"id": 0, "text": line}) + "\n" for line in TEXT.split("\n")))
     tokenizer = Tokenizer(models.BPE())
@@ -38,9 +36,15 @@ def material(tmp_path_factory):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet)
     tokenizer.train_from_iterator([TEXT], trainer)
-    save_llama(folder / "llama", vocab_size=300)
+    save_llama(folder / "llama", vocab_size=300, **changed)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder / "llama")
     upcycle(folder / "llama", folder / "made", iterations=2, window=16, dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("material")
+    save_material(folder)
     return folder
 
 
@@ -151,7 +155,7 @@ def test_operations_of_a_step_are_those_that_torch_counts(distill, material):
         (["--resume"], "holds no step to resume from"),
         (["--text", "absent.txt"], "absent.txt is no file that ends in .txt, .jsonl, .parquet"),
         (["--sequence", "5000"], "none to train on: give more"),
-        (["--hidden-layer", "6"], "has 5 layers, no 6"),
+        (["--hidden", "1", "--hidden-layer", "5"], "shows its states behind layers 1 to 4, not 5"),
         (["--batch", "0"], "invalid positive value: '0'"),
     ],
 )

