@@ -50,7 +50,8 @@ def evaluate(model: Path, by: str, tasks: tuple[str, ...], limit: int, environme
         command += ["--metadata", json.dumps({"max_seq_lengths": [RULER_TOKENS], "tokenizer": str(model)})]
         command += ["--batch_size", "auto" if by == "vllm" else "8", "--log_samples", "--output_path", folder]
         offline = dict(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
-        subprocess.run(command, cwd=ROOT, env=user_environment() | offline | (environment or {}), check=True)
+        environment = user_environment() | offline | (environment or {})
+        subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, check=True)
         (results,) = Path(folder).rglob("results_*.json")
         found = json.loads(results.read_text())["results"]
         answers = {}

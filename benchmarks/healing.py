@@ -51,7 +51,8 @@ def make(source: Path, text: Path, folder: Path, iterations: int, steps: int, mo
     if not start.exists():
         layers = AutoConfig.from_pretrained(source).num_hidden_layers
         command = [UPCYCLE, "upcycle", str(source), str(start), "--self-layers", str(layers // 2)]
-        subprocess.run([*command, "--iterations", str(iterations), "--window", str(WINDOW)], check=True)
+        command += ["--iterations", str(iterations), "--window", str(WINDOW)]
+        subprocess.run(command, stdout=sys.stderr, check=True)
     report = healed / "distillation.json"
     if not report.exists():
         command = [sys.executable, str(ROOT / "examples" / "distill.py"), str(source), str(start), str(healed)]
@@ -59,7 +60,7 @@ def make(source: Path, text: Path, folder: Path, iterations: int, steps: int, mo
         command += ["--sequence", str(ROW), "--accumulate", str(STEP_ROWS), *more]
         if any((healed / "steps").glob("checkpoint-*")):
             command.append("--resume")
-        subprocess.run(command, env=user_environment(), check=True)
+        subprocess.run(command, env=user_environment(), stdout=sys.stderr, check=True)
     return Made(start, healed, json.loads(report.read_text()))
 
 

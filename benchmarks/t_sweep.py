@@ -31,7 +31,8 @@ def train(corpus: Path, output: Path, iterations: int, steps: int) -> dict:
     report = output / "training.json"
     if not report.exists():
         command = [sys.executable, str(TRAIN), "--corpus", str(corpus), "--output", str(output)]
-        subprocess.run([*command, "--iterations", str(iterations), "--steps", str(steps)], check=True)
+        command += ["--iterations", str(iterations), "--steps", str(steps)]
+        subprocess.run(command, stdout=sys.stderr, check=True)
     return json.loads(report.read_text())
 
 

@@ -159,7 +159,7 @@ def test_answers_are_compared():
         alike([["a"], ["b"]], [["a"]])
 
 
-def test_healing(monkeypatch, tmp_path, capsys):
+def test_healing(monkeypatch, tmp_path, capfd):
     """All but lm-eval: made, healed, served. What is there is not made again."""
     from benchmarks import healing
 
@@ -171,11 +171,11 @@ def test_healing(monkeypatch, tmp_path, capsys):
     command = ["healing", tmp_path / "llama", tmp_path / "text.txt", "--steps", "2", "--keep", tmp_path / "kept"]
     monkeypatch.setattr("sys.argv", [*map(str, command), "--held-out", "3"])
     healing.main()
-    capsys.readouterr()
+    capfd.readouterr()
     made = (tmp_path / "kept" / "T2-2" / "distillation.json").stat().st_mtime_ns
     healing.main()
     assert (tmp_path / "kept" / "T2-2" / "distillation.json").stat().st_mtime_ns == made
-    printed = capsys.readouterr().out
+    printed = capfd.readouterr().out
     assert "2 steps, 192 tokens. Perplexity of 141 held-out tokens" in printed
     source, start, healed = rows(printed)
     assert [row[:2] for row in (start, healed)] == [["after initialisation", "2"], ["after healing", "2"]]
