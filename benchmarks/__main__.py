@@ -1,6 +1,6 @@
 """The tables and pictures of the README, each in a process of its own.
 
-python -m benchmarks                          all that need nothing but this tree
+python -m benchmarks                          all that need no arguments
 python -m benchmarks prefill peers            some of them
 python -m benchmarks t_sweep --corpus kjv     one with arguments, which --help lists
 python -m benchmarks --paper                  those of the paper's 1.3B shape, on a GPU

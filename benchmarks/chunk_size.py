@@ -1,14 +1,16 @@
 """What `max_num_batched_tokens` costs: KV cache that one request holds while its prompt is computed, and time."""
 
-from benchmarks.engine import block_bytes, config, core, print_table, start  # isort: skip
+from benchmarks.engine import block_bytes, config, core, start  # isort: skip
 import statistics
 import time
 
 from vllm import SamplingParams
 
+from benchmarks.table import print_table
+
 CHUNKS = (256, 512, 1024, 2048, 4096, 8192)
 TOKENS, ROUNDS = 8192, 2
-SHAPE = "77M"
+SHAPE = "57M"
 
 
 class Prompt:

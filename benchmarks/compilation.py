@@ -1,6 +1,6 @@
 """Eager, with the loop compiled unrolled, and with one pass compiled once: decode, where its time goes, and prefill."""
 
-from benchmarks.engine import Stopwatch, config, decoding, print_table, prompt_s, runner, start  # isort: skip
+from benchmarks.engine import Stopwatch, config, decoding, prompt_s, runner, start  # isort: skip
 import statistics
 import time
 from contextlib import ExitStack
@@ -10,6 +10,7 @@ import torch
 from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.table import print_table
 from vllm_yocou import model
 from vllm_yocou.compilation import compiled_unit
 from vllm_yocou.model import Decoder, SelfDecoderLayer
@@ -17,7 +18,7 @@ from vllm_yocou.model import Decoder, SelfDecoderLayer
 BATCHES = (1, 8)
 ROUNDS, STEPS, PROFILED = 12, 10, 4
 PROMPT, PROMPTS = 2048, 5
-SHAPE = "77M"
+SHAPE = "57M"
 
 
 @compiled_unit(positions_N=0, x_ND=0)

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import platform
 import tempfile
 import time
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 os.environ["HF_HUB_OFFLINE"] = os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 import torch  # noqa: E402
-import vllm  # noqa: E402
 from transformers import PretrainedConfig  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
@@ -46,7 +44,7 @@ SHAPES = {
         num_key_value_heads=4,
         head_dim=64,
     ),
-    "77M": dict(
+    "57M": dict(
         num_self_decoder_layers=8,
         num_hidden_layers=16,
         num_iterations=3,
@@ -70,6 +68,9 @@ SHAPES = {
     ),
 }
 
+# Engines that are compared share a GPU; how much of it the KV cache takes is said by itself. A CPU has no such share.
+SHARE = dict(gpu_memory_utilization=0.15)
+
 # Plugin options. A global block as small as a window block has room for one window cache.
 LAYOUTS = {"naive": {"max_global_block": 1}, "packed": {}}
 
@@ -83,6 +84,7 @@ def start(cfg: PretrainedConfig, folder: str | None = None, **settings) -> LLM:
     folder = folder or tempfile.mkdtemp(prefix="yocou-bench-")
     cfg.save_pretrained(folder)
     defaults = dict(skip_tokenizer_init=True, load_format="dummy", dtype="float32", enable_prefix_caching=False)
+    defaults |= SHARE
     return LLM(folder, **defaults | settings)
 
 
@@ -175,14 +177,3 @@ class Stopwatch:
 
 def runner(llm: LLM):
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
-
-
-def print_table(title: str, note: str, header: list[str], rows: list[list]) -> None:
-    """Markdown, with what it ran on."""
-    device = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()}-core {platform.machine()}"
-    )
-    print(f"\n### {title}\n\n{note} Machine: {device}; vLLM {vllm.__version__}, torch {torch.__version__}.\n")
-    print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
-    for row in rows:
-        print(f"| {' | '.join(str(cell) for cell in row)} |", flush=True)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.evaluation [--llama FOLDER] [--limit 100]
 
-The Llama runs in the same vLLM with the plugin and without it: its scores are not to know.
+The Llama runs in the same vLLM, which loads the plugin once and once does not: its scores are not to know.
 """
 
 import argparse
@@ -13,8 +13,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.engine import print_table
 from benchmarks.server import user_environment
+from benchmarks.table import print_table
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "examples" / "yoco-u-kjv"
@@ -23,7 +23,9 @@ COMMON = ("piqa_local", "boolq_local")
 RULER = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
 RULER_TOKENS = 1024
 CONTEXT = 2048
-EVALUATE = "import sys, vllm_yocou.reference; from lm_eval.__main__ import cli_evaluate; sys.exit(cli_evaluate())"
+# vLLM finds the plugin by itself; transformers has to be told of the architecture.
+IMPORTED = "import sys, vllm_yocou.reference; from lm_eval.__main__ import cli_evaluate; sys.exit(cli_evaluate())"
+BY = {"vllm": ["-m", "lm_eval"], "hf": ["-c", IMPORTED]}
 
 
 Answers = list[list]  # of each item of a task, to each of its questions: a log-likelihood or a text
@@ -45,7 +47,7 @@ def evaluate(model: Path, by: str, tasks: tuple[str, ...], limit: int, environme
     else:
         arguments += f",max_length={CONTEXT}"
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", EVALUATE, "--model", by, "--model_args", arguments]
+        command = [sys.executable, *BY[by], "--model", by, "--model_args", arguments]
         command += ["--include_path", "examples/lm_eval", "--tasks", ",".join(tasks), "--limit", str(limit)]
         command += ["--metadata", json.dumps({"max_seq_lengths": [RULER_TOKENS], "tokenizer": str(model)})]
         command += ["--batch_size", "auto" if by == "vllm" else "8", "--log_samples", "--output_path", folder]

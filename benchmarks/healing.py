@@ -7,7 +7,7 @@ healed checkpoints stay, those found there are not made again, and a run that wa
 of this table are distill.py's: --precision bfloat16 --batch 8 --accumulate 1 on a GPU.
 """
 
-from benchmarks.engine import block_bytes, decoding, print_table, step_s
+from benchmarks.engine import SHARE, block_bytes, decoding, step_s
 
 import argparse  # isort: skip
 import json
@@ -27,6 +27,7 @@ from vllm import LLM
 from benchmarks.evaluation import COMMON, ROOT, RULER, RULER_TOKENS, evaluate
 from benchmarks.kv_layout import held_in_decode
 from benchmarks.server import user_environment
+from benchmarks.table import print_table
 
 UPCYCLE = str(Path(sys.executable).with_name("vllm-yocou"))
 ITERATIONS = (1, 2, 3)
@@ -73,7 +74,7 @@ def scores(model: Path, limit: int) -> list[float]:
 def serve(models: list[Path]) -> list[tuple[int, float]]:
     """KV bytes of a request of KV_TOKENS, and median seconds of a decode step of one of CONTEXT, model by model."""
     settings = dict(dtype="float32", max_model_len=KV_TOKENS, max_num_seqs=1, kv_cache_memory_bytes=1 << 30)
-    settings |= dict(enforce_eager=not torch.cuda.is_available(), enable_prefix_caching=False)
+    settings |= dict(enforce_eager=not torch.cuda.is_available(), enable_prefix_caching=False) | SHARE
     engines = [LLM(str(model), **settings) for model in models]
     taken = [[] for _ in engines]
     with ExitStack() as stack:

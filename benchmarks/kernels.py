@@ -8,7 +8,7 @@ import importlib.util
 import statistics
 from collections.abc import Callable
 
-from benchmarks.engine import SHAPES, print_table
+from benchmarks.engine import SHAPES
 
 import torch  # isort: skip
 import triton
@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
 from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
+from benchmarks.table import print_table
 from vllm_yocou.kernels.arguments import Batch, Rotation
 from vllm_yocou.kernels.cross_attention import cross_attention
 from vllm_yocou.kernels.global_write import global_write

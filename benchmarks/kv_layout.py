@@ -1,9 +1,10 @@
 """KV cache groups and bytes: one group a layer and iteration, packed, and the formula, read from vLLM's block pool."""
 
-from benchmarks.engine import LAYOUTS, block_bytes, config, core, print_table, start, stop  # isort: skip
+from benchmarks.engine import LAYOUTS, block_bytes, config, core, start, stop  # isort: skip
 from vllm import SamplingParams
 from vllm.v1.request import Request
 
+from benchmarks.table import print_table
 from vllm_yocou.kv_bytes import KVBytes
 
 LENGTHS = (200, 4096, 32768)
@@ -31,7 +32,7 @@ def row(shape: str, layout: str, groups, block, sizes: list[int]) -> list:
 
 def main() -> None:
     rows = []
-    for shape in ("paper 1.3B", "77M", "yoco-u-kjv"):
+    for shape in ("paper 1.3B", "57M", "yoco-u-kjv"):
         # No cache sees the width of the model.
         cfg = config(shape, hidden_size=64, intermediate_size=64)
         for layout, options in LAYOUTS.items():

@@ -2,7 +2,7 @@
 
 Peers have the width, heads and feed-forward of YOCO-U. One Transformer has as many layers as YOCO-U has layer passes,
 S·T + C, one as many as it stores, S + C. The looped ones are YOCO-U with a KV cache group for each cache, and vLLM's
-IQuestLoopCoder, whose S + C layers run twice, the second time over a window. All have vLLM's default settings, so that
+IQuestLoopCoder, whose S + C layers run twice, the second time over a window. All have vLLM's default chunks, so that
 YOCO-U's chunks are the plugin's and the others' are vLLM's. With --paper the shape is the paper's, on a GPU.
 """
 
@@ -12,7 +12,6 @@ from benchmarks.engine import (
     config,
     core,
     decoding,
-    print_table,
     prompt_s,
     start,
     step_s,
@@ -31,18 +30,28 @@ from transformers import LlamaConfig, PretrainedConfig
 from vllm import LLM
 
 from benchmarks.kv_layout import held_in_decode
+from benchmarks.table import print_table
 from vllm_yocou.kv_bytes import KVBytes
+from vllm_yocou.parameters import stored
 
 MARGIN = 4096  # tokens that a request has room for beyond its prompt, or in flight in a window cache
-OURS, LIKE_PAPER = "YOCO-U", "Transformer, S + C layers"
+OURS, LIKE_PAPER, LOOPED = "YOCO-U", "Transformer, S + C layers", "IQuestLoopCoder, 2 · (S + C) passes"
 PICTURES = Path(__file__).parent / "pictures"
 
-# Of the paper's table (SPEC.md, section 5): YOCO-U over the Transformer of S + C layers, prefill, decode, KV bytes.
+# Of the paper's table (SPEC.md, section 5): prefill, decode and KV bytes of YOCO-U over a Transformer of S + C layers,
+# and over its looped model, RINS.
 PAPER_RATIOS = {
-    8 << 10: (75_637 / 85_707, None, 46 / 320),
-    16 << 10: (75_694 / 66_342, 1_966 / 1_795, 62 / 640),
-    64 << 10: (76_148 / 27_276, 865 / 450, 158 / 2_560),
-    256 << 10: (76_301 / 7_475, 303 / 137, 542 / 10_240),
+    LIKE_PAPER: {
+        8 << 10: (75_637 / 85_707, None, 46 / 320),
+        16 << 10: (75_694 / 66_342, 1_966 / 1_795, 62 / 640),
+        64 << 10: (76_148 / 27_276, 865 / 450, 158 / 2_560),
+        256 << 10: (76_301 / 7_475, 303 / 137, 542 / 10_240),
+    },
+    LOOPED: {
+        16 << 10: (75_694 / 33_276, 1_966 / 580, None),
+        64 << 10: (76_148 / 13_630, 865 / 118, None),
+        256 << 10: (76_301 / 3_739, 303 / 56, None),
+    },
 }
 
 
@@ -64,7 +73,7 @@ class Sizes:
 
 
 SMALL = Sizes(
-    "77M",
+    "57M",
     "float32",
     {1 << 10: 5, 4 << 10: 3, 16 << 10: 3},
     (1, 8),
@@ -83,13 +92,14 @@ PAPER = Sizes(
     "peers_paper.png",
     {},
 )
+PAPER_GPU_BYTES = 125 << 30
 STEPS, ROUNDS = 8, 3
 
 
 def peers(sizes: Sizes) -> dict[str, tuple[PretrainedConfig, dict]]:
     """Config and engine settings by name."""
     ours = config(sizes.shape, **sizes.changed)
-    stored, passes = ours.num_hidden_layers, ours.num_iterations * ours.num_self_decoder_layers
+    layers, passes = ours.num_hidden_layers, ours.num_iterations * ours.num_self_decoder_layers
 
     def llama(layers: int, architecture: str = "LlamaForCausalLM", **more) -> LlamaConfig:
         same = "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim rms_norm_eps"
@@ -109,13 +119,13 @@ def peers(sizes: Sizes) -> dict[str, tuple[PretrainedConfig, dict]]:
     room = dict(kv_cache_memory_bytes=batch * (kv.token * longest + in_flight))
     cross = ours.num_cross_decoder_layers
     naive = dict(additional_config={"yocou": LAYOUTS["naive"]})
-    looped = llama(stored, "IQuestLoopCoderForCausalLM", loop_num=2, loop_window_size=ours.sliding_window)
+    looped = llama(layers, "IQuestLoopCoderForCausalLM", loop_num=2, loop_window_size=ours.sliding_window)
     return {
         OURS: (ours, room),
         "Transformer, S·T + C layers": (llama(passes + cross), pool(passes + cross)),
-        LIKE_PAPER: (llama(stored), pool(stored)),
+        LIKE_PAPER: (llama(layers), pool(layers)),
         "YOCO-U, a group for each cache": (ours, room | naive),
-        "IQuestLoopCoder, 2 · (S + C) passes": (looped, pool(stored, 1.25)),
+        LOOPED: (looped, pool(layers, 1.25)),
     }
 
 
@@ -157,10 +167,9 @@ def ratio(ours: float | None, theirs: float | None, paper: float | None = None) 
 def table(names: list[str], sizes: Sizes, first_s: dict, next_s: dict, held_bytes: dict) -> list[list]:
     rows = []
     for tokens in sizes.prompts:
-        paper = PAPER_RATIOS.get(tokens, (None, None, None))
         for name in names:
             prompt, kv = first_s[tokens][name], held_bytes[tokens][name]
-            of_paper = paper if name == LIKE_PAPER else (None, None, None)
+            of_paper = PAPER_RATIOS.get(name, {}).get(tokens, (None, None, None))
             cells = [f"{tokens / prompt:,.0f} ({prompt:.2f} s)", ratio(prompt, first_s[tokens][OURS], of_paper[0])]
             for batch in sizes.batches:
                 steps = next_s[tokens, batch]
@@ -200,6 +209,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--paper", action="store_true", help="the paper's 1.3B shape in bfloat16, for a GPU")
     sizes = PAPER if parser.parse_args(arguments).paper else SMALL
+    if sizes is PAPER and not (torch.cuda.is_available() and torch.cuda.mem_get_info()[0] >= PAPER_GPU_BYTES):
+        parser.error(f"--paper holds five models at once: it needs a GPU with {PAPER_GPU_BYTES >> 30} GiB free.")
     longest, most = max(sizes.prompts) + MARGIN, max(sizes.batches)
     settings = dict(dtype=sizes.dtype, max_model_len=longest, max_num_seqs=most)
     on_gpu = torch.cuda.is_available()
@@ -218,10 +229,11 @@ def main(arguments: list[str] | None = None) -> None:
     note = (
         f"{sizes.shape} shape: width {cfg.hidden_size}, S {cfg.num_self_decoder_layers}, "
         f"C {cfg.num_cross_decoder_layers}, T {cfg.num_iterations}, W {cfg.sliding_window}, {cfg.num_attention_heads} "
-        f"query and {cfg.num_key_value_heads} KV heads of {cfg.head_dim}; random weights, {sizes.dtype}, "
+        f"query and {cfg.num_key_value_heads} KV heads of {cfg.head_dim}, {stored(cfg) / 1e6:.1f}M parameters; "
+        f"random weights, {sizes.dtype}, "
         f"{'compiled' if on_gpu else 'eager'}; medians of "
         f"{'/'.join(map(str, sizes.prompts.values()))} prompts and {STEPS * ROUNDS} steps, in turn. The paper's ratios "
-        "are of its 1.3B shape in bfloat16, batch 32, on an H100. KV cache groups: "
+        "are of its 1.3B shape in bfloat16, batch 32, on an H100, that of a looped model over RINS. KV cache groups: "
         f"{', '.join(f'{name} {n}' for name, n in groups.items())}. Tokens of a step: "
         f"{', '.join(f'{name} {n}' for name, n in chunks.items())}."
     )

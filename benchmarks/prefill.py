@@ -1,11 +1,13 @@
 """Prefill with and without skipping the cross-decoder, beside the ceiling: the self-decoder and the head alone."""
 
-from benchmarks.engine import config, print_table, prompt_s, runner, start  # isort: skip
+from benchmarks.engine import config, prompt_s, runner, start  # isort: skip
 import statistics
 from contextlib import contextmanager
 
+from benchmarks.table import print_table
+
 ROUNDS = {512: 15, 4096: 5, 16384: 3}
-SHAPE = "77M"
+SHAPE = "57M"
 
 
 def flops(cfg, tokens: int, rows: int) -> float:

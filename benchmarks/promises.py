@@ -130,10 +130,8 @@ class Report:
             for promise, seen in self.mistakes.items()
         ]
 
-    def table(self) -> str:
-        lines = ["| requests | sent | answered | left by the client | tokens compared |", "|---|---|---|---|---|"]
-        for kind in [*sorted(self.sent), "all"]:
-            columns = (self.sent, self.answered, self.aborted, self.tokens)
-            cells = [column.total() if kind == "all" else column[kind] for column in columns]
-            lines.append(f"| {kind} | {' | '.join(f'{cell:,}' for cell in cells)} |")
-        return "\n".join(lines)
+    def rows(self) -> list[list[str]]:
+        """A line for each kind and one for all: sent, answered, left by the client, tokens compared."""
+        columns = (self.sent, self.answered, self.aborted, self.tokens)
+        kinds = [[kind, *(f"{column[kind]:,}" for column in columns)] for kind in sorted(self.sent)]
+        return [*kinds, ["all", *(f"{column.total():,}" for column in columns)]]

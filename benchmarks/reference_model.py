@@ -1,9 +1,8 @@
 """The served model beside transformers' generate() of the reference model: the same shape, prompts and thread count."""
 
-from benchmarks.engine import config, decoding, print_table, start, step_s
+from benchmarks.engine import config, decoding, start, step_s
 
 import statistics  # isort: skip
-import sys
 import time
 from itertools import pairwise
 
@@ -11,9 +10,10 @@ import torch
 from transformers import StoppingCriteria
 from vllm import LLM, SamplingParams
 
+from benchmarks.table import print_table
 from vllm_yocou.reference import YocoUForCausalLM
 
-SHAPE = "77M"
+SHAPE = "57M"
 PROMPTS, BATCHES = (512, 2048), (1, 8)
 STEPS, ROUNDS = 32, 3
 
@@ -50,9 +50,8 @@ def by_vllm(llm: LLM, prompts_BN: torch.Tensor) -> tuple[float, float]:
 
 def main() -> None:
     if torch.cuda.is_available():
-        sys.exit(
-            "reference_model compares both on a CPU, and vLLM would take the GPU: run it on a machine without one."
-        )
+        print("This compares on a CPU, and vLLM would take the GPU: run it on a machine without one.")
+        return
     cfg = config(SHAPE, max_position_embeddings=1 << 14)
     model = YocoUForCausalLM(cfg).eval()
     model.generation_config.pad_token_id = 0
@@ -75,7 +74,8 @@ def main() -> None:
     header = ["prompt", "batch", "first token, generate()", "vLLM", "generate() / vLLM"]
     header += ["decode tokens/s, generate()", "vLLM", "vLLM / generate()"]
     note = (
-        f"{SHAPE} shape, random weights, float32, {torch.get_num_threads()} threads each, vLLM eager; medians of "
+        f"{SHAPE} shape, {cfg.num_key_value_heads} KV heads, random weights, "
+        f"float32, {torch.get_num_threads()} threads each, vLLM eager; medians of "
         f"{ROUNDS} rounds in turn, decode over {STEPS} steps."
     )
     print_table("vLLM and the reference model", note, header, rows)

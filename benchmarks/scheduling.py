@@ -5,9 +5,11 @@ import os
 # One thread: what is timed is Python, and tensors of a few hundred numbers.
 os.environ["OMP_NUM_THREADS"] = "1"
 from benchmarks.engine import LAYOUTS, Stopwatch, config, core, decoding  # isort: skip  # noqa: E402
-from benchmarks.engine import print_table, runner, start  # isort: skip  # noqa: E402
+from benchmarks.engine import runner, start  # isort: skip  # noqa: E402
 import statistics
 from contextlib import ExitStack
+
+from benchmarks.table import print_table
 
 BATCHES = (1, 8, 16, 64)
 STEPS, ROUNDS = 30, 5

@@ -8,14 +8,15 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.engine import config, print_table
+from benchmarks.engine import config
 from benchmarks.server import VLLM, Server, serving, user_environment
+from benchmarks.table import print_table
 
-SHAPE, ROUNDS = "77M", 2
+SHAPE, ROUNDS = "57M", 2
 LIMIT_S = 3600  # of a server, which outlives the runs against all of them
 TOKENIZER = Path(__file__).parent.parent / "examples" / "yoco-u-kjv"
 SETTINGS = "--load-format dummy --dtype float32 --max-model-len 4096 --max-num-seqs 8 --host 127.0.0.1"
-SETTINGS += " --kv-cache-memory-bytes 1G --enforce-eager"
+SETTINGS += " --kv-cache-memory-bytes 1G --gpu-memory-utilization 0.15 --enforce-eager"
 WAYS = {
     "skipping, prefix caching": [],
     "skipping": ["--no-enable-prefix-caching"],
@@ -49,7 +50,7 @@ def table(medians: dict[str, list[float]]) -> list[list[str]]:
     """`medians` of FIGURES; beside each what it is to the last way's."""
     *_, last = medians.values()
     return [
-        [way, *(f"{value:,.1f} ({value / base:.2f}x)" for value, base in zip(values, last, strict=True))]
+        [way, *(f"{value:,.2f} ({value / base:.2f}x)" for value, base in zip(values, last, strict=True))]
         for way, values in medians.items()
     ]
 
@@ -77,7 +78,7 @@ def main() -> None:
                 runs[way].append(figures(server, folder, seed, PROMPTS))
     medians = {way: [statistics.median(part) for part in zip(*taken, strict=True)] for way, taken in runs.items()}
     note = (
-        f"{SHAPE} shape, random weights, float32, eager: {PROMPTS} prompts of {PREFIX} tokens in common and {INPUT} "
+        f"{SHAPE} shape, 4 KV heads, random weights, float32, eager: {PROMPTS} prompts of {PREFIX} tokens in common and {INPUT} "
         f"of their own, {OUTPUT} tokens of answer, {CONCURRENCY} at a time; medians of {ROUNDS} runs in turn, and "
         "beside each what it is to the last line's."
     )

@@ -35,6 +35,7 @@ from benchmarks.promises import (
     check_usage,
 )
 from benchmarks.server import VLLM, Server, serving
+from benchmarks.table import print_table
 
 CHECKPOINT = Path(__file__).parent.parent / "examples" / "yoco-u-kjv"
 TEXT = CHECKPOINT.parent / "lm_eval" / "kjv_last_word.jsonl"
@@ -279,6 +280,7 @@ def prompts() -> Iterator[list[int]]:
 
 def soak(server: Server, reference: Reference, seconds: float, seed: int) -> Report:
     pool = [reference.expect(prompt, min(TOKENS, CONTEXT - len(prompt))) for prompt in prompts()]
+    note = f"{CLIENTS} clients for {seconds / 60:g} minutes, {CHECKPOINT.name} in float32, a KV cache of 3 MB."
     report = Report()
     clients = [Client(server, reference, pool, report, f"{seed}/{number}") for number in range(CLIENTS)]
     try:
@@ -295,8 +297,11 @@ def soak(server: Server, reference: Reference, seconds: float, seed: int) -> Rep
     else:
         report.check(check_growth, warm, end)
         report.check(check_preemptions, preemptions)
-        print(f"{preemptions:.0f} preemptions; server {warm / 2**20:.0f} MiB when warm, {end / 2**20:.0f} at the end\n")
-    print(report.table())
+        note += (
+            f" {preemptions:.0f} preemptions since it was warm; memory {warm >> 20} MiB then, {end >> 20} at the end."
+        )
+    header = ["requests", "sent", "answered", "left by the client", "tokens compared"]
+    print_table("Soak", note, header, report.rows())
     return report
 
 

@@ -7,12 +7,13 @@ import subprocess
 import tempfile
 import time
 
-from benchmarks.engine import config, print_table
+from benchmarks.engine import config
 from benchmarks.server import READY, VLLM, free_port, user_environment
+from benchmarks.table import print_table
 
 ITERATIONS = (1, 3, 6)
 ROUNDS = 2
-SHAPE = "77M"
+SHAPE = "57M"
 SETTINGS = "--load-format dummy --skip-tokenizer-init --dtype float32 --max-model-len 4096 --max-num-seqs 8"
 SETTINGS += " --kv-cache-memory-bytes 512M --host 127.0.0.1"
 LIMIT_S = 600

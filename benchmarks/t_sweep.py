@@ -5,7 +5,7 @@
 Trains the model of examples/train.py (see there for the corpus) once for each T, then serves each checkpoint.
 """
 
-from benchmarks.engine import block_bytes, decoding, print_table, prompt_s, step_s
+from benchmarks.engine import SHARE, block_bytes, decoding, prompt_s, step_s
 
 import argparse  # isort: skip
 import json
@@ -19,6 +19,7 @@ from pathlib import Path
 from vllm import LLM
 
 from benchmarks.kv_layout import held_in_decode
+from benchmarks.table import print_table
 
 ITERATIONS = (1, 2, 3, 5)
 PROMPT, BATCH, ROUNDS, STEPS = 1024, 8, 5, 20
@@ -38,7 +39,7 @@ def train(corpus: Path, output: Path, iterations: int, steps: int) -> dict:
 
 def serve(folders: dict[int, Path]) -> dict[int, tuple[float, float, int]]:
     """By T: seconds of a prompt, seconds of a decode step, KV bytes of a request of PROMPT tokens."""
-    settings = dict(dtype="float32", max_model_len=2048, max_num_seqs=BATCH, kv_cache_memory_bytes=128 << 20)
+    settings = dict(dtype="float32", max_model_len=2048, max_num_seqs=BATCH, kv_cache_memory_bytes=128 << 20) | SHARE
     settings |= dict(enforce_eager=True, enable_prefix_caching=False)
     engines = {t: LLM(str(folder), **settings) for t, folder in folders.items()}
     prompts, steps = ({t: [] for t in engines} for _ in range(2))

@@ -6,7 +6,6 @@ Healing is distillation from the source, on the same tokens and with the same se
 more work for each token.
 """
 
-from benchmarks.engine import print_table  # isort: skip
 import argparse
 import sys
 import time
@@ -17,6 +16,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from benchmarks.table import print_table
 from vllm_yocou import upcycling
 from vllm_yocou.reference import YocoUForCausalLM
 

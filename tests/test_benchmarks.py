@@ -146,7 +146,7 @@ def test_serving():
 
     medians = {"skipping": [0.5, 1300.0, 250.0, 30.0], "every row": [0.25, 650.0, 1000.0, 60.0]}
     first, last = table(medians)
-    assert first == ["skipping", "0.5 (2.00x)", "1,300.0 (2.00x)", "250.0 (0.25x)", "30.0 (0.50x)"]
+    assert first == ["skipping", "0.50 (2.00x)", "1,300.00 (2.00x)", "250.00 (0.25x)", "30.00 (0.50x)"]
     assert all("(1.00x)" in cell for cell in last[1:])
 
 
