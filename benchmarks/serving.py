@@ -78,9 +78,9 @@ def main() -> None:
                 runs[way].append(figures(server, folder, seed, PROMPTS))
     medians = {way: [statistics.median(part) for part in zip(*taken, strict=True)] for way, taken in runs.items()}
     note = (
-        f"{SHAPE} shape, 4 KV heads, random weights, float32, eager: {PROMPTS} prompts of {PREFIX} tokens in common and {INPUT} "
-        f"of their own, {OUTPUT} tokens of answer, {CONCURRENCY} at a time; medians of {ROUNDS} runs in turn, and "
-        "beside each what it is to the last line's."
+        f"{SHAPE} shape, 4 KV heads, random weights, float32, eager: {PROMPTS} prompts of {PREFIX} common tokens and "
+        f"{INPUT} of their own, {OUTPUT} tokens of answer, {CONCURRENCY} at a time; medians of {ROUNDS} runs in turn, "
+        "and beside each what it is to the last line's."
     )
     print_table("Serving", note, ["", *FIGURES.values()], table(medians))
 
