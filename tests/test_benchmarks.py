@@ -1,5 +1,6 @@
 """The benchmarks on tiny shapes: that they run, and that what they print follows from what they measured."""
 
+import gc
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import pytest
 from checkout import ROOT, TRAINED
 from test_distill import save_material
+from vllm.distributed import cleanup_dist_env_and_memory
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -18,6 +20,14 @@ def quiet():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_LOGGING_LEVEL", os.environ.get("VLLM_LOGGING_LEVEL", "INFO"))
         yield
+
+
+@pytest.fixture(autouse=True)
+def torn_down():
+    """An engine that is collected later takes the parallel groups of the next one with it."""
+    yield
+    gc.collect()
+    cleanup_dist_env_and_memory()
 
 
 def rows(text: str) -> list[list[str]]:
