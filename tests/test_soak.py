@@ -196,6 +196,7 @@ def test_the_command_says_what_was_not_kept(monkeypatch, capsys, mistakes, code)
     monkeypatch.setattr(soak, "serving", lambda *_, **__: nullcontext())
     monkeypatch.setattr(soak, "Reference", lambda _: Model())
     monkeypatch.setattr(soak, "soak", lambda *_: report)
+    monkeypatch.setattr(soak.torch, "set_num_threads", lambda _: None)
     monkeypatch.setattr("sys.argv", ["soak"])
     assert soak.main() == code
     assert capsys.readouterr().err == "not kept: the sky is blue: it was grey.\n" * code
