@@ -111,7 +111,7 @@ def peers(sizes: Sizes) -> dict[str, tuple[PretrainedConfig, dict]]:
 
     def pool(layers: int, share: float = 1.0) -> dict:
         """Room in the caches of so many layers, each of all tokens."""
-        token_bytes = layers * 2 * ours.num_key_value_heads * ours.head_dim * element_bytes
+        token_bytes = KVBytes.transformer(ours, element_bytes).token // ours.num_hidden_layers * layers
         return dict(kv_cache_memory_bytes=int(share * token_bytes * max(longest, batch * (sizes.together + MARGIN))))
 
     kv = KVBytes.yoco_u(ours, element_bytes)
@@ -214,8 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     longest, most = max(sizes.prompts) + MARGIN, max(sizes.batches)
     settings = dict(dtype=sizes.dtype, max_model_len=longest, max_num_seqs=most)
     on_gpu = torch.cuda.is_available()
-    # All engines share a device; on a CPU nobody waits for five models to compile.
-    settings |= dict(gpu_memory_utilization=0.15) if on_gpu else dict(enforce_eager=True)
+    settings |= dict(enforce_eager=not on_gpu)  # on a CPU nobody waits for five models to compile
     engines = {name: start(cfg, **settings | more) for name, (cfg, more) in peers(sizes).items()}
     first_s = prefill(engines, sizes.prompts)
     next_s = {(tokens, batch): decode(engines, tokens, batch) for tokens in sizes.prompts for batch in sizes.batches}
