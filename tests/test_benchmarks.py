@@ -40,6 +40,21 @@ def number(cell: str) -> float:
     return float(re.match(r"[\d.,]+", cell)[0].replace(",", ""))
 
 
+def bounds(cell: str) -> tuple[float, float]:
+    """What may have been rounded to a cell's number."""
+    digits = re.match(r"[\d,]+(?:\.(\d+))?", cell)
+    half = 0.5 * 10 ** -len(digits[1] or "")
+    return number(digits[0]) - half, number(digits[0]) + half
+
+
+def assert_ratio(ratio: str, above: str, below: str) -> None:
+    """Whatever a machine's speed: small figures have few digits."""
+    (low, high), (least_above, most_above), (least_below, most_below) = map(bounds, (ratio, above, below))
+    assert least_below > 0 and low * least_below <= most_above and least_above <= high * most_below, (
+        f"{ratio} is not {above} over {below}"
+    )
+
+
 def test_peers(monkeypatch, tmp_path, capsys):
     from benchmarks import peers
     from benchmarks.engine import config
@@ -57,12 +72,8 @@ def test_peers(monkeypatch, tmp_path, capsys):
     assert [(number(row[0]), row[1]) for row in table] == [(tokens, name) for tokens in lengths for name in names]
     for row in table:
         ours = next(other for other in table if other[:2] == [row[0], peers.OURS])
-        time, our_time = (float(cells[2].split("(")[1].split()[0]) for cells in (row, ours))
-        assert number(row[3]) == pytest.approx(time / our_time, rel=0.2, abs=0.1)
-        for figure in (4, 6):
-            both = number(ours[figure]) / number(row[figure])
-            assert number(row[figure + 1]) == pytest.approx(both, rel=0.05, abs=0.01)
-        assert number(row[9]) == pytest.approx(number(ours[8]) / number(row[8]), rel=0.1, abs=0.1)
+        for figure in (2, 4, 6, 8):  # tokens/s of prefill and decode, bytes
+            assert_ratio(row[figure + 1], ours[figure], row[figure])
     # A pool's blocks add up to the formula's bytes, and at most two blocks more in each of the ten caches.
     kv = {row[1]: number(row[8]) for row in table if number(row[0]) == 2000}
     cfg = config("yoco-u-kjv")
@@ -117,8 +128,8 @@ def test_reference_model(monkeypatch, capsys):
     table = rows(capsys.readouterr().out)
     assert [row[:2] for row in table] == [["70", "1"], ["70", "2"]]
     for row in table:
-        assert number(row[4]) == pytest.approx(number(row[2]) / number(row[3]), rel=0.1)
-        assert number(row[7]) == pytest.approx(number(row[6]) / number(row[5]), rel=0.05, abs=0.01)
+        assert_ratio(row[4], row[2], row[3])
+        assert_ratio(row[7], row[6], row[5])
 
 
 def test_t_sweep(monkeypatch, tmp_path, capsys):
