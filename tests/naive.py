@@ -64,18 +64,42 @@ def projected(w, name: str, h: list, heads: int, config, normed: bool, rope: boo
 
 
 def rotated(vector, position: int, config):
-    d, theta = len(vector), config.rope_parameters["rope_theta"]
-    out = vector.clone()
+    d, out = len(vector), vector.clone()
     for pair in range(d // 2):
-        if config.rope_parameters["rope_type"] == "yoco2024":
-            frequency = theta ** -(pair / (d // 2 - 1))
-        else:
-            frequency = theta ** (-2 * pair / d)
+        frequency = radians_per_position(pair, d, **config.rope_parameters)
         a, b = (2 * pair, 2 * pair + 1) if config.rope_interleaved else (pair, pair + d // 2)
         cos, sin = math.cos(position * frequency), math.sin(position * frequency)
         out[a] = vector[a] * cos - vector[b] * sin
         out[b] = vector[b] * cos + vector[a] * sin
     return out
+
+
+def radians_per_position(
+    pair: int,
+    d: int,
+    rope_type: str,
+    rope_theta: float,
+    factor=None,
+    low_freq_factor=None,
+    high_freq_factor=None,
+    original_max_position_embeddings=None,
+) -> float:
+    if rope_type == "yoco2024":
+        return rope_theta ** -(pair / (d // 2 - 1))
+    frequency = rope_theta ** (-2 * pair / d)
+    if rope_type == "linear":
+        return frequency / factor
+    if rope_type == "llama3":
+        wavelength = 2 * math.pi / frequency
+        longest, shortest = (original_max_position_embeddings / f for f in (low_freq_factor, high_freq_factor))
+        if wavelength > longest:
+            return frequency / factor
+        if wavelength > shortest:
+            part = (original_max_position_embeddings / wavelength - low_freq_factor) / (
+                high_freq_factor - low_freq_factor
+            )
+            return (1 - part) * frequency / factor + part * frequency
+    return frequency
 
 
 def attention(q: list, k: list, v: list, d: int, window: int) -> list:

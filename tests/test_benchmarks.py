@@ -9,8 +9,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from checkout import ROOT, TRAINED
 from test_distill import save_material
+from test_upcycling import upcycle
 from vllm.distributed import cleanup_dist_env_and_memory
 
 
@@ -178,6 +180,32 @@ def test_answers_are_compared():
     assert alike([["a"], ["b"]], [["a"], ["c"]]) == "1 of 2 texts the same"
     with pytest.raises(ValueError):
         alike([["a"], ["b"]], [["a"]])
+
+
+def test_upcycling(monkeypatch, tmp_path, capfd):
+    """Each choice in the order of the table, those that are healed better for it; a start is what upcycle writes."""
+    from benchmarks import upcycling
+    from vllm_yocou.reference import YocoUForCausalLM
+
+    save_material(tmp_path)
+    for name, value in dict(WINDOW=16, TOKENS=32, WARMUP=1).items():
+        monkeypatch.setattr(upcycling, name, value)
+    built = upcycling.build(tmp_path / "llama", self_layers=2, iterations=2)
+    upcycle(tmp_path / "llama", tmp_path / "written", self_layers=2, iterations=2, window=16)
+    ids = torch.arange(40)[None]
+    written = YocoUForCausalLM.from_pretrained(tmp_path / "written", dtype=torch.float32).eval()
+    assert torch.equal(built.eval()(ids).logits, written(ids).logits)
+
+    command = ["upcycling", tmp_path / "llama", tmp_path / "text.txt", "--steps", "12", "--held-out", "3"]
+    monkeypatch.setattr("sys.argv", [*map(str, command)])
+    upcycling.main()
+    source, *table = rows(capfd.readouterr().out)
+    healed, started = upcycling.choices(5)
+    assert source[0] == "the source itself" and [row[0] for row in table] == [*healed, *started]
+    assert [row[1:3] for row in table[:5]] == [["2 + 3", "1"]] * 3 + [["3 + 2", "1"], ["2 + 3", "2"]]
+    for row in table:
+        assert (number(row[4]) < number(row[3])) if row[0] in healed else row[4:] == ["", ""]
+    assert table[0][5] == "" and all("±" in row[5] for row in table[1 : len(healed)])
 
 
 def test_healing(monkeypatch, tmp_path, capfd):

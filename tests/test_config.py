@@ -41,6 +41,11 @@ IMPOSSIBLE = [
     (dict(rope_interleaved="yes"), "rope_interleaved is 'yes': it must be true or false"),
     (dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_type is 'yarn': YOCO-U knows"),
     (dict(rope_parameters={"factor": 4.0}), "rope_parameters has 'factor'"),
+    (dict(rope_parameters=["linear"]), "rope_parameters is \\['linear'\\]: give a mapping"),
+    (dict(rope_parameters={"rope_type": ["linear"]}), "rope_type is \\['linear'\\]: YOCO-U knows"),
+    (dict(rope_parameters={"rope_type": "linear"}), "rope_parameters has factor None: RoPE of type linear needs"),
+    (dict(rope_parameters={"rope_type": "linear", "factor": 0.5}), "rope_parameters has factor 0.5"),
+    (dict(rope_parameters=tiny.LLAMA3_ROPE | {"low_freq_factor": 4}), "low_freq_factor is 4 and high_freq_factor 4.0"),
     (dict(rope_theta=-1.0), "rope_theta is -1.0: it must be a number between 1 and 1e\\+30"),
     (dict(num_experts=8), "num_experts given without num_experts_per_tok, moe_intermediate_size"),
     (
@@ -163,6 +168,14 @@ def test_overriding_the_iterations_warns_once_with_the_trained_depth(tmp_path, c
 def test_a_misspelt_override_is_refused():
     with pytest.raises(ValueError, match="config key 'num_iteration' is unknown to YOCO-U: correct the name"):
         tiny.config().update({"num_iteration": 2})
+
+
+def test_a_rope_override_of_another_type_leaves_nothing_of_the_old():
+    cfg = tiny.config(rope_parameters=tiny.LLAMA3_ROPE)
+    cfg.update({"rope_parameters": {"factor": 4.0}})
+    assert cfg.rope_parameters == tiny.LLAMA3_ROPE | {"factor": 4.0}
+    cfg.update({"rope_parameters": {"rope_type": "default"}})
+    assert cfg.rope_parameters == {"rope_type": "default", "rope_theta": 1e4}
 
 
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])

@@ -51,9 +51,9 @@ def metric(llm: LLM, name: str) -> float:
 # Most tiny models fit into one window group; these are made to have several, also of uneven sizes.
 OPTIONS = {
     "T3-S3-C2-qknorm-interleaved-W7": {"max_global_block": 64},
-    "T5-S2-C1-rope-qknorm-W1": {"max_global_block": 32},
+    "T5-S2-C1-linear-qknorm-W1": {"max_global_block": 32},
 }
-GROUPS = {"T3-S3-C2-qknorm-interleaved-W7": [1, 3, 3, 3], "T5-S2-C1-rope-qknorm-W1": [1, 2, 2, 3, 3]}
+GROUPS = {"T3-S3-C2-qknorm-interleaved-W7": [1, 3, 3, 3], "T5-S2-C1-linear-qknorm-W1": [1, 2, 2, 3, 3]}
 
 
 class Served:

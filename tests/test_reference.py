@@ -143,7 +143,7 @@ def test_low_precision_is_close(dtype):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["T2-S1-C3-rope-tied-W33", "moe", "moe-gated-shared"])
+@pytest.mark.parametrize("name", ["T2-S1-C3-llama3-tied-W33", "moe", "moe-gated-shared"])
 def test_saved_and_loaded_by_the_auto_class(tmp_path, name):
     model = tiny.model(tiny.CONFIGS[name])
     if name == "moe-gated-shared":

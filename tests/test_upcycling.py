@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
@@ -49,8 +50,10 @@ def run(model, **settings):
         dict(tie_word_embeddings=True),
         dict(num_attention_heads=3, num_key_value_heads=3, head_dim=None),
         dict(head_dim=8, rope_theta=1e6, shard="40KB"),
+        dict(rope_parameters=tiny.LLAMA3_ROPE),
+        dict(rope_theta=1e4, rope_scaling={"type": "linear", "factor": 4.0}),
     ],
-    ids=["grouped", "tied", "mha", "sharded"],
+    ids=["grouped", "tied", "mha", "sharded", "llama3", "linear"],
 )
 def test_with_one_cross_layer_it_is_the_llama(changed, tmp_path):
     """T = 1, RoPE, a window over everything: the last layer reads its own keys and values from the global cache."""
@@ -180,10 +183,6 @@ def edit(folder, keys=(), tensors=()):
     save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, folder / "model.safetensors")
 
 
-LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3_ROPE["original_max_position_embeddings"] = 64
-
-
 @pytest.mark.parametrize(
     "changed, complaint",
     [
@@ -191,8 +190,9 @@ LLAMA3_ROPE["original_max_position_embeddings"] = 64
         (dict(keys={"attention_bias": True}), "'attention_bias' is True"),
         (dict(keys={"mlp_bias": True}), "'mlp_bias' is True"),
         (dict(keys={"hidden_act": "gelu"}), "'hidden_act' is 'gelu'"),
-        (dict(keys={"rope_parameters": LLAMA3_ROPE}), "'rope_type': 'llama3'"),
-        (dict(keys={"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}), "'linear'"),
+        (dict(keys={"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}), "rope_type is 'dynamic'"),
+        (dict(keys={"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_parameters": None}), "rope_type is 'yarn'"),
+        (dict(keys={"rope_parameters": {"partial_rotary_factor": 0.5}}), "has 'partial_rotary_factor'"),
         (dict(keys={"quantization_config": {"quant_method": "fp8"}}), "'quantization_config'"),
         (dict(keys={"num_hidden_layers": 6}), "missing: model.layers.5.mlp.down_proj.weight"),
         (dict(keys={"num_hidden_layers": 4}), "unexpected: model.layers.4.input_layernorm.weight"),

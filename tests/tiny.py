@@ -6,13 +6,17 @@ from vllm_yocou.config import YocoUConfig
 from vllm_yocou.reference import YocoUForCausalLM
 
 VOCABULARY = 211
+# Llama 3.1's with a context so short that tests of some dozen tokens see every part of its table.
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_ROPE["original_max_position_embeddings"] = 64
 
 # Every property of the architecture appears in some variant; the names are the test ids.
 VARIANTS = {
     "T1-S2-C2-nope-mha": dict(num_iterations=1, num_attention_heads=2, num_key_value_heads=2, sliding_window=16),
-    "T2-S1-C3-rope-tied-W33": dict(
+    "T2-S1-C3-llama3-tied-W33": dict(
         num_iterations=2,
         num_self_decoder_layers=1,
+        rope_parameters=LLAMA3_ROPE,
         cross_decoder_rope=True,
         qk_norm="self",
         tie_word_embeddings=True,
@@ -32,10 +36,11 @@ VARIANTS = {
         cross_num_attention_heads=6,
         cross_num_key_value_heads=3,
     ),
-    "T5-S2-C1-rope-qknorm-W1": dict(
+    "T5-S2-C1-linear-qknorm-W1": dict(
         num_hidden_layers=3,
         num_self_decoder_layers=2,
         num_iterations=5,
+        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5},
         cross_decoder_rope=True,
         qk_norm="all",
         sliding_window=1,

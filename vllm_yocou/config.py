@@ -38,7 +38,13 @@ LARGEST_FACTOR = 1e30  # far from float32's end, beyond which everything would b
 BOOLEANS = ("tie_word_embeddings", "rope_interleaved", "cross_decoder_rope", "norm_topk_prob", "use_cache")
 MOE_KEYS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 QK_NORMS = ("none", "self", "all")
-ROPE_TYPES = ("default", "yoco2024")
+# What the formula of each type needs beside rope_theta.
+ROPE_TYPES = {
+    "default": (),
+    "yoco2024": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 # Switches of the authors' code that change the computation; this architecture has none of them.
 FOREIGN_SWITCHES = (
@@ -68,7 +74,8 @@ class YocoUConfig(PreTrainedConfig):
         num_attention_heads, num_key_value_heads, head_dim: the self-decoder's.
         cross_num_attention_heads, cross_num_key_value_heads, cross_head_dim: the cross-decoder's and the global
             KV cache's, default the self-decoder's.
-        rope_parameters: `{"rope_theta": float, "rope_type": "default" | "yoco2024"}`; a plain `rope_theta` will do.
+        rope_parameters: `{"rope_theta": float, "rope_type": "default" | "yoco2024" | "linear" | "llama3"}` and what
+            `ROPE_TYPES` names for the type; a plain `rope_theta` will do.
         rope_interleaved: even/odd RoPE layout instead of the half-split one.
         cross_decoder_rope: RoPE on the cross-decoder's queries and the global keys, default none (NoPE).
         qk_norm: per-head RMSNorm of q and k, "none", "self" (self-decoder) or "all" (both decoders).
@@ -181,7 +188,10 @@ class YocoUConfig(PreTrainedConfig):
                 raise ValueError(f"config key '{key}' is unknown to YOCO-U: correct the name of the override.")
         if "rope_theta" in overrides or "rope_parameters" in overrides or "rope_scaling" in overrides:
             given = _taken(overrides, "rope_scaling") | _taken(overrides, "rope_parameters")
-            overrides["rope_parameters"] = _rope_parameters(self.rope_parameters | given, overrides, theta_wins=True)
+            kept = dict(self.rope_parameters)
+            if given.get("rope_type", given.get("type", kept["rope_type"])) != kept["rope_type"]:
+                kept = {"rope_theta": kept["rope_theta"]}
+            overrides["rope_parameters"] = _rope_parameters(kept | given, overrides, theta_wins=True)
         super().update(overrides)
         self.check()
         self._warn_if_retrained_depth(trained)
@@ -262,10 +272,21 @@ class YocoUConfig(PreTrainedConfig):
 
     def _check_rope(self) -> None:
         rope_type, theta = self.rope_parameters["rope_type"], self.rope_parameters["rope_theta"]
-        if rope_type not in ROPE_TYPES:
-            raise ValueError(f"rope_type is {rope_type!r}: YOCO-U knows {' and '.join(ROPE_TYPES)}.")
+        if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_type is {rope_type!r}: YOCO-U knows {', '.join(ROPE_TYPES)}.")
         if not _is_number(theta) or not 1 <= theta <= LARGEST_FACTOR:
             raise ValueError(f"rope_theta is {theta!r}: it must be a number between 1 and {LARGEST_FACTOR:g}.")
+        for key in ROPE_TYPES[rope_type]:
+            value = self.rope_parameters.get(key)
+            if not _is_number(value) or not 1 <= value <= LARGEST_FACTOR:
+                raise ValueError(
+                    f"rope_parameters has {key} {value!r}: RoPE of type {rope_type} needs a number between 1 and "
+                    f"{LARGEST_FACTOR:g}."
+                )
+        if rope_type == "llama3":
+            low, high = self.rope_parameters["low_freq_factor"], self.rope_parameters["high_freq_factor"]
+            if low >= high:
+                raise ValueError(f"low_freq_factor is {low} and high_freq_factor {high}: the first must be smaller.")
 
     def _check_moe(self) -> None:
         given = [key for key in MOE_KEYS if getattr(self, key) is not None]
@@ -327,18 +348,20 @@ def _is_number(value: Any) -> bool:
 
 
 def _rope_parameters(parameters: dict | None, keys: dict[str, Any], theta_wins: bool = False) -> dict[str, Any]:
-    """Merge the spellings of the RoPE settings (and take them out of `keys`) into `{rope_type, rope_theta}`."""
+    """Merge the spellings of the RoPE settings (and take them out of `keys`) into `{rope_type, rope_theta, ...}`."""
     merged = _taken(keys, "rope_scaling") | _taken({"rope_parameters": parameters}, "rope_parameters")
     theta = keys.pop("rope_theta", None)
     if theta is not None and (theta_wins or "rope_theta" not in merged):
         merged["rope_theta"] = theta
     merged.setdefault("rope_theta", 10000.0)
     merged.setdefault("rope_type", merged.pop("type", "default"))
-    unknown = sorted(set(merged) - {"rope_theta", "rope_type"})
-    if unknown and merged["rope_type"] in ROPE_TYPES:
-        raise ValueError(
-            f"rope_parameters has '{unknown[0]}': YOCO-U's RoPE is set by rope_theta and rope_type alone, remove it."
-        )
+    if isinstance(merged["rope_type"], str) and merged["rope_type"] in ROPE_TYPES:
+        known = ("rope_theta", "rope_type", *ROPE_TYPES[merged["rope_type"]])
+        if unknown := sorted(set(merged) - set(known)):
+            raise ValueError(
+                f"rope_parameters has '{unknown[0]}': RoPE of type {merged['rope_type']} is set by "
+                f"{', '.join(known)} alone, remove it."
+            )
     return merged
 
 

@@ -1,5 +1,8 @@
 """Rotary position embeddings of the served model: vLLM's layers over the tables of rope.py."""
 
+import math
+from functools import cache
+
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -17,11 +20,17 @@ class Yoco2024RotaryEmbedding(RotaryEmbedding):
         return inverse_frequencies(self.rotary_dim, {"rope_type": "yoco2024", "rope_theta": base}, torch.float)
 
 
+# One for all layers, as vLLM keeps its own: the table of a million positions has hundreds of megabytes.
+yoco2024_rotary_embedding = cache(Yoco2024RotaryEmbedding)
+
+
 def rotary_embedding(vllm_config: VllmConfig, head_dim: int) -> nn.Module:
     config: YocoUConfig = vllm_config.model_config.hf_config
     positions = max(config.max_position_embeddings, vllm_config.model_config.max_model_len)
-    neox = not config.rope_interleaved
-    if config.rope_parameters["rope_type"] == "yoco2024":
-        theta, dtype = config.rope_parameters["rope_theta"], vllm_config.model_config.dtype
-        return Yoco2024RotaryEmbedding(head_dim, head_dim, positions, theta, neox, dtype)
-    return get_rope(head_dim, positions, is_neox_style=neox, rope_parameters=config.rope_parameters)
+    neox, rope = not config.rope_interleaved, config.rope_parameters
+    if rope["rope_type"] == "yoco2024":
+        dtype = vllm_config.model_config.dtype
+        return yoco2024_rotary_embedding(head_dim, head_dim, positions, rope["rope_theta"], neox, dtype)
+    if rope["rope_type"] == "linear":
+        positions = math.ceil(positions / rope["factor"])  # vLLM's table of this type is longer by the factor
+    return get_rope(head_dim, positions, is_neox_style=neox, rope_parameters=rope)

@@ -153,11 +153,6 @@ def llama_config(source: Path) -> LlamaConfig:
                 f"the source's '{key}' is {value!r}: YOCO-U computes nothing of that kind, upcycle a Llama with "
                 f"{plain!r}."
             )
-    rope = {key: value for key, value in llama.rope_parameters.items() if value is not None}
-    if rope.get("rope_type") != "default" or set(rope) != {"rope_type", "rope_theta"}:
-        raise ValueError(
-            f"the source's RoPE is {rope}: YOCO-U's is set by rope_theta alone, upcycle a Llama without RoPE scaling."
-        )
     return llama
 
 
@@ -187,7 +182,7 @@ def plan(
     layers = choose(llama.num_hidden_layers, **chosen)
     config = YocoUConfig(
         **{key: getattr(llama, key) for key in SHARED_KEYS},
-        rope_parameters=dict(llama.rope_parameters),
+        rope_parameters={key: value for key, value in llama.rope_parameters.items() if value is not None},
         num_hidden_layers=len(layers.self_from) + len(layers.cross_from),
         num_self_decoder_layers=len(layers.self_from),
         num_iterations=iterations,
