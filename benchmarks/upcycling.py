@@ -100,6 +100,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.source)
     ids = torch.tensor(tokenizer(arguments.text.read_text(), add_special_tokens=False)["input_ids"])
     rows = ids[: len(ids) // TOKENS * TOKENS].view(-1, TOKENS)
+    if len(rows) < steps + held:
+        parser.error(f"the text has {len(rows)} rows of {TOKENS} tokens, {steps + held} are wanted: give more text.")
     rows = rows[torch.linspace(0, len(rows) - 1, steps + held).long()]
     is_held_out = torch.zeros(len(rows), dtype=torch.bool)
     is_held_out[torch.linspace(1, len(rows) - 2, held).long()] = True

@@ -21,6 +21,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,7 +40,6 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_yocou import parameters
 from vllm_yocou.command_line import read_config
@@ -67,11 +67,14 @@ def read_rows(files: list[Path], tokenizer, tokens: int) -> Dataset:
         part = load_dataset(LOADERS[file.suffix], data_files=str(file), split="train", **how)
         if "text" not in part.column_names:
             refuse(f"{file} has no column 'text' but {', '.join(part.column_names)}: rename the one that is meant.")
+        if part.features["text"].dtype not in ("string", "large_string"):
+            refuse(f"the column 'text' of {file} is of {part.features['text'].dtype}: give text.")
         parts.append(part.select_columns("text"))
 
     def cut(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         stream = []
-        for ids in tokenizer(batch["text"], add_special_tokens=False)["input_ids"]:
+        documents = [text for text in batch["text"] if text is not None]
+        for ids in tokenizer(documents, add_special_tokens=False)["input_ids"] if documents else []:
             stream += [*ids, tokenizer.eos_token_id]
         return {"input_ids": [stream[i : i + tokens] for i in range(0, len(stream) - tokens + 1, tokens)]}
 
@@ -166,9 +169,16 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / quickest_s
 
 
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
+def at_least(least: int, kind: type = int, most: float = math.inf) -> Callable[[str], float]:
+    """A type for argparse, whose name is what its complaint shows."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not (least <= value <= most and math.isfinite(value)):
+            raise ValueError
+        return value
+
+    number.__name__ = f"({kind.__name__}, at least {least}{f', at most {most}' if most < math.inf else ''})"
     return number
 
 
@@ -178,18 +188,26 @@ def parse() -> argparse.Namespace:
     parser.add_argument("student", type=Path, help="the folder that vllm-yocou upcycle wrote")
     parser.add_argument("output", type=Path, help="folder of the checkpoint to write")
     parser.add_argument("--text", type=Path, nargs="+", required=True)
-    parser.add_argument("--steps", type=positive, default=1000)
-    parser.add_argument("--sequence", type=positive, default=512, help="tokens of a row")
-    parser.add_argument("--batch", type=positive, default=1, help="rows a device takes at a time")
-    parser.add_argument("--accumulate", type=positive, default=8, help="batches of a step")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--next-token", type=float, default=0.1, help="weight of the next-token loss, 0 to 1")
-    parser.add_argument("--hidden", type=float, default=0.0, help="weight of the distance of hidden states")
-    parser.add_argument("--hidden-layer", type=positive, help="layers of the source that the self-decoder stands for")
+    parser.add_argument("--steps", type=at_least(1), default=1000)
+    parser.add_argument("--sequence", type=at_least(2), default=512, help="tokens of a row")
+    parser.add_argument("--batch", type=at_least(1), default=1, help="rows a device takes at a time")
+    parser.add_argument("--accumulate", type=at_least(1), default=8, help="batches of a step")
+    parser.add_argument("--learning-rate", type=at_least(0, float), default=5e-4)
+    parser.add_argument(
+        "--next-token", type=at_least(0, float, most=1), default=0.1, help="weight of the next-token loss, 0 to 1"
+    )
+    parser.add_argument(
+        "--hidden", type=at_least(0, float), default=0.0, help="weight of the distance of hidden states"
+    )
+    parser.add_argument(
+        "--hidden-layer", type=at_least(1), help="layers of the source that the self-decoder stands for"
+    )
     parser.add_argument("--precision", choices=DTYPES, default="float32", help="mixed with float32 weights")
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--held-out", type=positive, default=32, help="rows")
-    parser.add_argument("--every", type=positive, default=100, help="steps between evaluations, each of which is saved")
+    parser.add_argument("--held-out", type=at_least(1), default=32, help="rows")
+    parser.add_argument(
+        "--every", type=at_least(1), default=100, help="steps between evaluations, each of which is saved"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last step saved under OUTPUT/steps")
     return parser.parse_args()
 
@@ -202,6 +220,7 @@ def training_arguments(arguments: argparse.Namespace) -> TrainingArguments:
         per_device_eval_batch_size=arguments.batch,
         gradient_accumulation_steps=arguments.accumulate,
         gradient_checkpointing=arguments.gradient_checkpointing,
+        use_cpu=not torch.cuda.is_available(),
         bf16=arguments.precision == "bfloat16",
         fp16=arguments.precision == "float16",
         learning_rate=arguments.learning_rate,
@@ -245,21 +264,33 @@ def main() -> None:
     try:
         distil(arguments)
     except KeyboardInterrupt:
-        refuse("interrupted: the same command with --resume goes on from the last step that was saved.")
+        if last := last_saved(arguments.output / "steps"):
+            refuse(f"interrupted: the same command with --resume goes on from {last.name}.")
+        refuse("interrupted before a step was saved: a smaller --every saves more often.")
+
+
+def last_saved(steps: Path) -> Path | None:
+    """The newest step that is there as a whole: the Trainer writes its state last."""
+    whole = [file.parent for file in steps.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    return max(whole, key=lambda folder: int(folder.name.split("-")[-1]), default=None)
 
 
 def distil(arguments: argparse.Namespace) -> None:
     """Train, and write what the module's docstring promises."""
     steps = arguments.output / "steps"
-    last = get_last_checkpoint(str(steps)) if arguments.resume and steps.is_dir() else None
+    last = last_saved(steps) if arguments.resume else None
+    if arguments.precision == "float16" and not torch.cuda.is_available():
+        refuse("--precision float16 needs a GPU: take bfloat16 or float32 on a CPU.")
     if arguments.resume and last is None:
         refuse(f"{steps} holds no step to resume from: leave out --resume.")
     student, teacher, dtype = load(arguments)
     layer = arguments.hidden_layer or student.config.num_self_decoder_layers
     if arguments.hidden and layer >= teacher.config.num_hidden_layers:
-        last = teacher.config.num_hidden_layers - 1
-        refuse(f"{arguments.source} shows its states behind layers 1 to {last}, not {layer}: change --hidden-layer.")
+        most = teacher.config.num_hidden_layers - 1
+        refuse(f"{arguments.source} shows its states behind layers 1 to {most}, not {layer}: change --hidden-layer.")
     tokenizer = AutoTokenizer.from_pretrained(arguments.student)
+    if tokenizer.eos_token_id is None:
+        refuse(f"the tokenizer of {arguments.student} has no end of text to put between documents: set its eos_token.")
     training, held_out = split(read_rows(arguments.text, tokenizer, arguments.sequence), arguments.held_out)
     if not len(training):
         refuse(f"the text has {len(held_out)} rows of {arguments.sequence} tokens, none to train on: give more.")
@@ -281,12 +312,12 @@ def distil(arguments: argparse.Namespace) -> None:
     # Perplexities are of float32 and before and after alike, whatever the steps compute in.
     rows = [torch.tensor(row) for row in held_out["input_ids"]]
     nats = {"before": loss.nats(student.eval(), rows)}
-    state = last and TrainerState.load_from_json(str(Path(last) / TRAINER_STATE_NAME))
+    state = last and TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
     if state and state.global_step >= arguments.steps:
         # Stopped between its last step and this: the Trainer would take one more.
         student = YocoUForCausalLM.from_pretrained(last, dtype=torch.float32)
     else:
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=last and str(last))
         state = trainer.state
     if not trainer.is_world_process_zero():
         return

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from transformers import AutoConfig, PreTrainedConfig
+from vllm.config import ModelConfig
+from vllm.plugins import load_general_plugins
 
 from vllm_yocou.checkpoint import expected_shapes
 from vllm_yocou.config import FOREIGN_SWITCHES, REQUIRED, YocoUConfig
@@ -170,12 +172,41 @@ def test_a_misspelt_override_is_refused():
         tiny.config().update({"num_iteration": 2})
 
 
-def test_a_rope_override_of_another_type_leaves_nothing_of_the_old():
-    cfg = tiny.config(rope_parameters=tiny.LLAMA3_ROPE)
-    cfg.update({"rope_parameters": {"factor": 4.0}})
-    assert cfg.rope_parameters == tiny.LLAMA3_ROPE | {"factor": 4.0}
-    cfg.update({"rope_parameters": {"rope_type": "default"}})
-    assert cfg.rope_parameters == {"rope_type": "default", "rope_theta": 1e4}
+def overridden(how: str, folder, overrides: dict) -> YocoUConfig:
+    """Of LLAMA3_ROPE, by each way that there is."""
+    tiny.config(rope_parameters=tiny.LLAMA3_ROPE, architectures=["YocoUForCausalLM"]).save_pretrained(folder)
+    if how == "vllm":
+        load_general_plugins()
+        return ModelConfig(str(folder), hf_overrides=overrides, skip_tokenizer_init=True).hf_config
+    if how == "from_pretrained":
+        return YocoUConfig.from_pretrained(folder, **overrides)
+    cfg = YocoUConfig.from_pretrained(folder)
+    cfg.update(overrides)
+    return cfg
+
+
+@pytest.mark.parametrize("how", ["update", "from_pretrained", "vllm"])
+def test_a_rope_override_of_another_type_leaves_nothing_of_the_old(how, tmp_path):
+    for overrides, expected in (
+        ({"rope_theta": 500.0}, tiny.LLAMA3_ROPE | {"rope_theta": 500.0}),
+        ({"rope_parameters": {"factor": 4.0}}, tiny.LLAMA3_ROPE | {"factor": 4.0}),
+        ({"rope_parameters": {"rope_type": "default"}}, {"rope_type": "default", "rope_theta": 1e4}),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2}},
+            {"rope_type": "linear", "rope_theta": 1e4, "factor": 2},
+        ),
+    ):
+        assert overridden(how, tmp_path, overrides).rope_parameters == expected
+    for overrides, complaint in (
+        (
+            {"rope_parameters": {"rope_type": "default", "factor": 8.0}},
+            "rope_parameters has 'factor': RoPE of type default",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            overridden(how, tmp_path, overrides)
 
 
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])

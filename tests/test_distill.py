@@ -71,6 +71,9 @@ def test_healing_writes_a_checkpoint_and_resumes_to_the_exact_step(distill, mate
 
     (resumed / "steps").mkdir(parents=True)
     shutil.copytree(whole / "steps" / "checkpoint-2", resumed / "steps" / "checkpoint-2")
+    # Stopped while the next one was saved.
+    shutil.copytree(whole / "steps" / "checkpoint-4", resumed / "steps" / "checkpoint-3")
+    (resumed / "steps" / "checkpoint-3" / "trainer_state.json").unlink()
     run(distill, monkeypatch, material, resumed, "--hidden", "0.5", "--resume")
     first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
     assert {tensor.dtype for tensor in first.values()} == {torch.bfloat16}
@@ -92,6 +95,34 @@ def test_healing_writes_a_checkpoint_and_resumes_to_the_exact_step(distill, mate
     assert again["held_out_perplexity"] == perplexity and [path.name for path in (resumed / "steps").iterdir()] == [
         "checkpoint-4"
     ]
+
+
+def test_mixed_precision(distill, material, tmp_path, monkeypatch, capsys):
+    """Weights stay float32 while the products are of bfloat16, on a CPU as well."""
+    saved = {}
+    for precision in ("float32", "bfloat16"):
+        run(distill, monkeypatch, material, tmp_path / precision, "--steps", "2", "--precision", precision)
+        saved[precision] = load_file(tmp_path / precision / "steps" / "checkpoint-2" / "model.safetensors")
+        assert f"that a product of matrices reached in {precision}" in capsys.readouterr().out
+    for name, tensor in saved["bfloat16"].items():
+        assert tensor.dtype == torch.float32 and not torch.equal(tensor, tensor.bfloat16().float())
+        torch.testing.assert_close(tensor, saved["float32"][name], atol=5e-3, rtol=0)
+    assert any(not torch.equal(tensor, saved["float32"][name]) for name, tensor in saved["bfloat16"].items())
+
+
+def test_an_interruption_tells_how_to_go_on(distill, material, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(distill, "distil", lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    for saved, sentence in (
+        (None, "before a step was saved: a smaller --every"),
+        (12, "--resume goes on from checkpoint-12"),
+    ):
+        if saved:
+            for step in (9, saved):
+                (tmp_path / "steps" / f"checkpoint-{step}").mkdir(parents=True)
+                (tmp_path / "steps" / f"checkpoint-{step}" / "trainer_state.json").touch()
+        with pytest.raises(SystemExit) as exit:
+            run(distill, monkeypatch, material, tmp_path)
+        assert exit.value.code == 2 and sentence in capsys.readouterr().err
 
 
 def test_the_loss_of_a_step(distill, material):
@@ -126,6 +157,10 @@ def test_rows_hold_the_text_once(distill, material):
     lines = distill.read_rows([material / "text.jsonl"], tokenizer, 48)
     assert TEXT.startswith(tokenizer.decode(sum(text["input_ids"], [])))
     assert TEXT.replace("\n", "<end>").startswith(tokenizer.decode(sum(lines["input_ids"], [])))
+    some = (material / "some.jsonl").write_text(
+        json.dumps({"text": None}) + "\n" + (material / "text.jsonl").read_text()
+    )
+    assert some and distill.read_rows([material / "some.jsonl"], tokenizer, 48)["input_ids"] == lines["input_ids"]
     training, held_out = distill.split(text, 3)
     assert held_out["input_ids"] == [text[i]["input_ids"] for i in range(0, len(text), 20)[:3]]
     assert len(training) + len(held_out) == len(text)
@@ -156,7 +191,11 @@ def test_operations_of_a_step_are_those_that_torch_counts(distill, material):
         (["--text", "absent.txt"], "absent.txt is no file that ends in .txt, .jsonl, .parquet"),
         (["--sequence", "5000"], "none to train on: give more"),
         (["--hidden", "1", "--hidden-layer", "5"], "shows its states behind layers 1 to 4, not 5"),
-        (["--batch", "0"], "invalid positive value: '0'"),
+        (["--batch", "0"], "invalid (int, at least 1) value: '0'"),
+        (["--sequence", "1"], "invalid (int, at least 2) value: '1'"),
+        (["--next-token", "5"], "invalid (float, at least 0, at most 1) value: '5'"),
+        (["--learning-rate", "nan"], "invalid (float, at least 0) value: 'nan'"),
+        (["--precision", "float16"], "float16 needs a GPU: take bfloat16 or float32"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(settings, complaint, distill, material, tmp_path, monkeypatch, capsys):

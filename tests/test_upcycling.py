@@ -142,10 +142,11 @@ def test_what_was_not_asked_for_follows(asked, found):
     assert lists == found
 
 
-def test_every_source_tensor_is_used_or_named(tmp_path):
-    llama = save_llama(tmp_path / "llama", tie_word_embeddings=True)
+@pytest.mark.parametrize("scaled", [dict(), dict(rope_scaling={"type": "linear", "factor": 4.0})], ids=str)
+def test_every_source_tensor_is_used_or_named(scaled, tmp_path):
+    llama = save_llama(tmp_path / "llama", tie_word_embeddings=True, **scaled)
     weights = llama.state_dict()
-    for i in range(5):  # as transformers wrote them in 2023
+    for i in range(5):  # as transformers wrote them in 2023, which divided positions where there was a factor
         weights[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = 5000.0 ** -(torch.arange(8) / 8)
     save_file({name: tensor.clone() for name, tensor in weights.items()}, tmp_path / "llama" / "model.safetensors")
     plan, _ = upcycle(tmp_path / "llama", tmp_path / "made", self_layers=2, cross_from=(2, 4))

@@ -146,9 +146,15 @@ class YocoUConfig(PreTrainedConfig):
             if getattr(self, f"cross_{key}") is None:
                 setattr(self, f"cross_{key}", getattr(self, key))
         self._check_positive_integers(POSITIVE_INTEGERS)  # layer_types, which transformers reads next, needs them
-        self.rope_parameters = _rope_parameters(self.rope_parameters, kwargs)
+        self.__dict__["rope_parameters"] = _rope_parameters({}, self.rope_parameters, kwargs)
         super().__post_init__(**kwargs)
         self.check()
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        """RoPE settings are merged into the present ones: vLLM and transformers set overrides that are mappings so."""
+        if key == "rope_parameters" and self.__dict__.get(key) is not None:
+            value = _rope_parameters(self.__dict__[key], value, {})
+        super().__setattr__(key, value)
 
     @property
     def num_cross_decoder_layers(self) -> int:
@@ -172,26 +178,25 @@ class YocoUConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         trained = config_dict.get("num_iterations", cls.num_iterations)
+        theta = {"rope_theta": kwargs.pop("rope_theta")} if "rope_theta" in kwargs else {}  # transformers ignores it
         loaded = super().from_dict(config_dict, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config.rope_parameters = theta
         config.check()
         config._warn_if_retrained_depth(trained)
         return loaded
 
     def update(self, config_dict: dict[str, Any]) -> None:
-        """Override keys of a loaded configuration (vLLM's `--hf-overrides` come this way) and check the result."""
+        """Override keys of a loaded configuration (vLLM's `--hf-overrides`, but for mappings) and check the result."""
         trained = self.num_iterations
         overrides = dict(config_dict)
         self._refuse_foreign(overrides)
         for key in overrides:
             if not hasattr(self, key) and key not in ("rope_theta", "quantization_config"):
                 raise ValueError(f"config key '{key}' is unknown to YOCO-U: correct the name of the override.")
-        if "rope_theta" in overrides or "rope_parameters" in overrides or "rope_scaling" in overrides:
-            given = _taken(overrides, "rope_scaling") | _taken(overrides, "rope_parameters")
-            kept = dict(self.rope_parameters)
-            if given.get("rope_type", given.get("type", kept["rope_type"])) != kept["rope_type"]:
-                kept = {"rope_theta": kept["rope_theta"]}
-            overrides["rope_parameters"] = _rope_parameters(kept | given, overrides, theta_wins=True)
+        theta = {"rope_theta": overrides.pop("rope_theta")} if "rope_theta" in overrides else {}
+        given = _taken(overrides, "rope_scaling") | _taken(overrides, "rope_parameters") | theta
+        overrides |= {"rope_parameters": given} if given else {}
         super().update(overrides)
         self.check()
         self._warn_if_retrained_depth(trained)
@@ -242,7 +247,7 @@ class YocoUConfig(PreTrainedConfig):
             value = getattr(self, key)
             if not _is_number(value) or not 0 < value <= LARGEST_FACTOR:
                 raise ValueError(f"{key} is {value!r}: it must be a positive number of at most {LARGEST_FACTOR:g}.")
-        self._check_rope()
+        _check_rope(self.rope_parameters)
         self._check_moe()
 
     def check_ranks(self, ranks: int) -> None:
@@ -269,24 +274,6 @@ class YocoUConfig(PreTrainedConfig):
             most = MOST_PARTS if "num_" in key else LARGEST_SIZE
             if value > most:
                 raise ValueError(f"{key} is {value}: no model has so many, it must be at most {most}.")
-
-    def _check_rope(self) -> None:
-        rope_type, theta = self.rope_parameters["rope_type"], self.rope_parameters["rope_theta"]
-        if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
-            raise ValueError(f"rope_type is {rope_type!r}: YOCO-U knows {', '.join(ROPE_TYPES)}.")
-        if not _is_number(theta) or not 1 <= theta <= LARGEST_FACTOR:
-            raise ValueError(f"rope_theta is {theta!r}: it must be a number between 1 and {LARGEST_FACTOR:g}.")
-        for key in ROPE_TYPES[rope_type]:
-            value = self.rope_parameters.get(key)
-            if not _is_number(value) or not 1 <= value <= LARGEST_FACTOR:
-                raise ValueError(
-                    f"rope_parameters has {key} {value!r}: RoPE of type {rope_type} needs a number between 1 and "
-                    f"{LARGEST_FACTOR:g}."
-                )
-        if rope_type == "llama3":
-            low, high = self.rope_parameters["low_freq_factor"], self.rope_parameters["high_freq_factor"]
-            if low >= high:
-                raise ValueError(f"low_freq_factor is {low} and high_freq_factor {high}: the first must be smaller.")
 
     def _check_moe(self) -> None:
         given = [key for key in MOE_KEYS if getattr(self, key) is not None]
@@ -347,22 +334,49 @@ def _is_number(value: Any) -> bool:
     return _is_whole(value) or isinstance(value, float)
 
 
-def _rope_parameters(parameters: dict | None, keys: dict[str, Any], theta_wins: bool = False) -> dict[str, Any]:
-    """Merge the spellings of the RoPE settings (and take them out of `keys`) into `{rope_type, rope_theta, ...}`."""
-    merged = _taken(keys, "rope_scaling") | _taken({"rope_parameters": parameters}, "rope_parameters")
+def _rope_parameters(present: dict[str, Any], given: dict | None, keys: dict[str, Any]) -> dict[str, Any]:
+    """RoPE settings `given` over those at `present`, of which another type keeps rope_theta alone.
+
+    The older spellings among `keys` are taken out of there and yield to `given`.
+    """
+    given = _taken(keys, "rope_scaling") | _taken({"rope_parameters": given}, "rope_parameters")
     theta = keys.pop("rope_theta", None)
-    if theta is not None and (theta_wins or "rope_theta" not in merged):
-        merged["rope_theta"] = theta
-    merged.setdefault("rope_theta", 10000.0)
-    merged.setdefault("rope_type", merged.pop("type", "default"))
-    if isinstance(merged["rope_type"], str) and merged["rope_type"] in ROPE_TYPES:
-        known = ("rope_theta", "rope_type", *ROPE_TYPES[merged["rope_type"]])
-        if unknown := sorted(set(merged) - set(known)):
-            raise ValueError(
-                f"rope_parameters has '{unknown[0]}': RoPE of type {merged['rope_type']} is set by "
-                f"{', '.join(known)} alone, remove it."
-            )
+    if theta is not None:
+        given.setdefault("rope_theta", theta)
+    if "type" in given:
+        given.setdefault("rope_type", given.pop("type"))
+    rope_type = given.get("rope_type", present.get("rope_type", "default"))
+    if rope_type != present.get("rope_type"):
+        present = {"rope_theta": present.get("rope_theta", 10000.0)}
+    merged = present | given | {"rope_type": rope_type}
+    _check_rope(merged)
     return merged
+
+
+def _check_rope(rope_parameters: dict[str, Any]) -> None:
+    rope_type, theta = rope_parameters.get("rope_type"), rope_parameters.get("rope_theta")
+    if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
+        raise ValueError(f"rope_type is {rope_type!r}: YOCO-U knows {', '.join(ROPE_TYPES)}.")
+    if not _is_number(theta) or not 1 <= theta <= LARGEST_FACTOR:
+        raise ValueError(f"rope_theta is {theta!r}: it must be a number between 1 and {LARGEST_FACTOR:g}.")
+    known = ("rope_theta", "rope_type", *ROPE_TYPES[rope_type])
+    if unknown := sorted(set(rope_parameters) - set(known)):
+        raise ValueError(
+            f"rope_parameters has '{unknown[0]}': RoPE of type {rope_type} is set by {', '.join(known)}, remove it."
+        )
+    for key in ROPE_TYPES[rope_type]:
+        value, most = (
+            rope_parameters.get(key),
+            LARGEST_SIZE if key == "original_max_position_embeddings" else MOST_PARTS,
+        )
+        if not _is_number(value) or not 1 <= value <= most:
+            raise ValueError(
+                f"rope_parameters has {key} {value!r}: RoPE of type {rope_type} needs a number between 1 and {most}."
+            )
+    if rope_type == "llama3":
+        low, high = rope_parameters["low_freq_factor"], rope_parameters["high_freq_factor"]
+        if low >= high:
+            raise ValueError(f"low_freq_factor is {low} and high_freq_factor {high}: the first must be smaller.")
 
 
 def _taken(keys: dict[str, Any], key: str) -> dict[str, Any]:

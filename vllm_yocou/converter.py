@@ -153,8 +153,14 @@ def _tied(tensors: dict[str, SourceTensor]) -> bool:
 
 
 def _is_the_configs(frequencies: SourceTensor, config: YocoUConfig) -> bool:
-    own = inverse_frequencies(config.head_dim, config.rope_parameters, torch.float32)
-    return frequencies.shape == tuple(own.shape) and torch.allclose(frequencies.read().float(), own, rtol=1e-2)
+    # transformers once kept those of scaled types unscaled, and divided the positions.
+    unscaled = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
+    scaled = config.rope_parameters["rope_type"] in ("linear", "llama3")
+    for rope in (config.rope_parameters, *([unscaled] if scaled else [])):
+        own = inverse_frequencies(config.head_dim, rope, torch.float32)
+        if frequencies.shape == tuple(own.shape) and torch.allclose(frequencies.read().float(), own, rtol=1e-2):
+            return True
+    return False
 
 
 def read_tensors(folder: Path) -> dict[str, SourceTensor]:

@@ -33,4 +33,5 @@ def rotary_embedding(vllm_config: VllmConfig, head_dim: int) -> nn.Module:
         return yoco2024_rotary_embedding(head_dim, head_dim, positions, rope["rope_theta"], neox, dtype)
     if rope["rope_type"] == "linear":
         positions = math.ceil(positions / rope["factor"])  # vLLM's table of this type is longer by the factor
+        rope = rope | {"factor": float(rope["factor"])}  # and an int is none to vLLM
     return get_rope(head_dim, positions, is_neox_style=neox, rope_parameters=rope)
