@@ -365,10 +365,8 @@ def _check_rope(rope_parameters: dict[str, Any]) -> None:
             f"rope_parameters has '{unknown[0]}': RoPE of type {rope_type} is set by {', '.join(known)}, remove it."
         )
     for key in ROPE_TYPES[rope_type]:
-        value, most = (
-            rope_parameters.get(key),
-            LARGEST_SIZE if key == "original_max_position_embeddings" else MOST_PARTS,
-        )
+        value = rope_parameters.get(key)
+        most = LARGEST_SIZE if key == "original_max_position_embeddings" else MOST_PARTS
         if not _is_number(value) or not 1 <= value <= most:
             raise ValueError(
                 f"rope_parameters has {key} {value!r}: RoPE of type {rope_type} needs a number between 1 and {most}."
