@@ -92,7 +92,7 @@ def table(made: dict[int, Made], found: dict[Path, list[float]], source: Path, c
     kv, next_s = costs[0]
 
     def row(name: str, t: int | str, perplexity: float, model: Path, cost: tuple[int, float]) -> list:
-        ours = [f"{cost[0] / 2**20:.1f} MiB ({kv / cost[0]:.1f}x)", f"{1 / cost[1]:.1f} ({next_s / cost[1]:.2f}x)"]
+        ours = [f"{cost[0] / 2**20:.1f} MiB (1/{kv / cost[0]:.1f})", f"{1 / cost[1]:.1f} ({next_s / cost[1]:.2f}x)"]
         return [name, t, f"{perplexity:,.1f}", *(f"{score:.3f}" for score in found[model]), *ours]
 
     source_perplexity = next(iter(made.values())).report["held_out_perplexity"]["source"]

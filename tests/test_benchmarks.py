@@ -228,7 +228,7 @@ def test_healing(monkeypatch, tmp_path, capfd):
     assert "2 steps, 192 tokens. Perplexity of 141 held-out tokens" in printed
     source, start, healed = rows(printed)
     assert [row[:2] for row in (start, healed)] == [["after initialisation", "2"], ["after healing", "2"]]
-    assert source[6].endswith("(1.0x)") and number(healed[6]) < number(source[6])
+    assert source[6].endswith("(1/1.0)") and number(healed[6]) < number(source[6])
 
 
 def test_scores_of_healing(tmp_path):
@@ -239,9 +239,9 @@ def test_scores_of_healing(tmp_path):
     found = {tmp_path: [0.625, 0.5, 1.0], tmp_path / "start": [0.5, 0.5, 0.0], tmp_path / "healed": [0.6, 0.5, 0.25]}
     costs = [(180 << 20, 0.1), (18 << 20, 0.2)]
     assert table(made, found, tmp_path, costs) == [
-        ["the source", "", "30.0", "0.625", "0.500", "1.000", "180.0 MiB (1.0x)", "10.0 (1.00x)"],
-        ["after initialisation", 2, "900.0", "0.500", "0.500", "0.000", "18.0 MiB (10.0x)", "5.0 (0.50x)"],
-        ["after healing", 2, "90.0", "0.600", "0.500", "0.250", "18.0 MiB (10.0x)", "5.0 (0.50x)"],
+        ["the source", "", "30.0", "0.625", "0.500", "1.000", "180.0 MiB (1/1.0)", "10.0 (1.00x)"],
+        ["after initialisation", 2, "900.0", "0.500", "0.500", "0.000", "18.0 MiB (1/10.0)", "5.0 (0.50x)"],
+        ["after healing", 2, "90.0", "0.600", "0.500", "0.250", "18.0 MiB (1/10.0)", "5.0 (0.50x)"],
     ]
 
 
