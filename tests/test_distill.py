@@ -111,7 +111,10 @@ def test_mixed_precision(distill, material, tmp_path, monkeypatch, capsys):
 
 
 def test_an_interruption_tells_how_to_go_on(distill, material, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(distill, "distil", lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "distil", interrupted)
     for saved, sentence in (
         (None, "before a step was saved: a smaller --every"),
         (12, "--resume goes on from checkpoint-12"),
@@ -157,10 +160,8 @@ def test_rows_hold_the_text_once(distill, material):
     lines = distill.read_rows([material / "text.jsonl"], tokenizer, 48)
     assert TEXT.startswith(tokenizer.decode(sum(text["input_ids"], [])))
     assert TEXT.replace("\n", "<end>").startswith(tokenizer.decode(sum(lines["input_ids"], [])))
-    some = (material / "some.jsonl").write_text(
-        json.dumps({"text": None}) + "\n" + (material / "text.jsonl").read_text()
-    )
-    assert some and distill.read_rows([material / "some.jsonl"], tokenizer, 48)["input_ids"] == lines["input_ids"]
+    (material / "some.jsonl").write_text('{"id": 0, "text": null}\n' + (material / "text.jsonl").read_text())
+    assert distill.read_rows([material / "some.jsonl"], tokenizer, 48)["input_ids"] == lines["input_ids"]
     training, held_out = distill.split(text, 3)
     assert held_out["input_ids"] == [text[i]["input_ids"] for i in range(0, len(text), 20)[:3]]
     assert len(training) + len(held_out) == len(text)

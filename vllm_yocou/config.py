@@ -146,14 +146,19 @@ class YocoUConfig(PreTrainedConfig):
             if getattr(self, f"cross_{key}") is None:
                 setattr(self, f"cross_{key}", getattr(self, key))
         self._check_positive_integers(POSITIVE_INTEGERS)  # layer_types, which transformers reads next, needs them
-        self.__dict__["rope_parameters"] = _rope_parameters({}, self.rope_parameters, kwargs)
+        given = _mapping("rope_scaling", kwargs.pop("rope_scaling", None))
+        given |= _mapping("rope_parameters", self.rope_parameters)
+        theta = kwargs.pop("rope_theta", None)
+        if theta is not None:
+            given.setdefault("rope_theta", theta)
+        self.__dict__["rope_parameters"] = _merged_rope({}, given)
         super().__post_init__(**kwargs)
         self.check()
 
     def __setattr__(self, key: str, value: Any) -> None:
         """RoPE settings are merged into the present ones: vLLM and transformers set overrides that are mappings so."""
         if key == "rope_parameters" and self.__dict__.get(key) is not None:
-            value = _rope_parameters(self.__dict__[key], value, {})
+            value = _merged_rope(self.__dict__[key], _mapping(key, value))
         super().__setattr__(key, value)
 
     @property
@@ -178,10 +183,9 @@ class YocoUConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         trained = config_dict.get("num_iterations", cls.num_iterations)
-        theta = {"rope_theta": kwargs.pop("rope_theta")} if "rope_theta" in kwargs else {}  # transformers ignores it
+        _gather_rope(kwargs)
         loaded = super().from_dict(config_dict, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        config.rope_parameters = theta
         config.check()
         config._warn_if_retrained_depth(trained)
         return loaded
@@ -194,9 +198,7 @@ class YocoUConfig(PreTrainedConfig):
         for key in overrides:
             if not hasattr(self, key) and key not in ("rope_theta", "quantization_config"):
                 raise ValueError(f"config key '{key}' is unknown to YOCO-U: correct the name of the override.")
-        theta = {"rope_theta": overrides.pop("rope_theta")} if "rope_theta" in overrides else {}
-        given = _taken(overrides, "rope_scaling") | _taken(overrides, "rope_parameters") | theta
-        overrides |= {"rope_parameters": given} if given else {}
+        _gather_rope(overrides)
         super().update(overrides)
         self.check()
         self._warn_if_retrained_depth(trained)
@@ -334,15 +336,19 @@ def _is_number(value: Any) -> bool:
     return _is_whole(value) or isinstance(value, float)
 
 
-def _rope_parameters(present: dict[str, Any], given: dict | None, keys: dict[str, Any]) -> dict[str, Any]:
-    """RoPE settings `given` over those at `present`, of which another type keeps rope_theta alone.
+def _gather_rope(overrides: dict[str, Any]) -> None:
+    """Put every spelling of the RoPE settings under `rope_parameters`, which setting it merges."""
+    given = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        given |= _mapping(key, overrides.pop(key, None))
+    if "rope_theta" in overrides:  # no attribute of a config: transformers would ignore it
+        given["rope_theta"] = overrides.pop("rope_theta")
+    if given:
+        overrides["rope_parameters"] = given
 
-    The older spellings among `keys` are taken out of there and yield to `given`.
-    """
-    given = _taken(keys, "rope_scaling") | _taken({"rope_parameters": given}, "rope_parameters")
-    theta = keys.pop("rope_theta", None)
-    if theta is not None:
-        given.setdefault("rope_theta", theta)
+
+def _merged_rope(present: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """RoPE settings `given` over those at `present`, of which another type keeps rope_theta alone."""
     if "type" in given:
         given.setdefault("rope_type", given.pop("type"))
     rope_type = given.get("rope_type", present.get("rope_type", "default"))
@@ -377,9 +383,7 @@ def _check_rope(rope_parameters: dict[str, Any]) -> None:
             raise ValueError(f"low_freq_factor is {low} and high_freq_factor {high}: the first must be smaller.")
 
 
-def _taken(keys: dict[str, Any], key: str) -> dict[str, Any]:
-    """The mapping under `key`, which leaves `keys`."""
-    parameters = keys.pop(key, None)
-    if parameters is None or isinstance(parameters, dict):
-        return dict(parameters or {})
-    raise ValueError(f"{key} is {parameters!r}: give a mapping with rope_theta and rope_type.")
+def _mapping(key: str, value: Any) -> dict[str, Any]:
+    if value is None or isinstance(value, dict):
+        return dict(value or {})
+    raise ValueError(f"{key} is {value!r}: give a mapping with rope_theta and rope_type.")

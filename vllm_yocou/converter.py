@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vllm_yocou.checkpoint import deviations, expected_shapes, weight_files
-from vllm_yocou.config import YocoUConfig
+from vllm_yocou.config import ROPE_TYPES, YocoUConfig
 from vllm_yocou.foreign import recognise
 from vllm_yocou.rope import inverse_frequencies
 
@@ -153,14 +153,16 @@ def _tied(tensors: dict[str, SourceTensor]) -> bool:
 
 
 def _is_the_configs(frequencies: SourceTensor, config: YocoUConfig) -> bool:
-    # transformers once kept those of scaled types unscaled, and divided the positions.
-    unscaled = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
-    scaled = config.rope_parameters["rope_type"] in ("linear", "llama3")
-    for rope in (config.rope_parameters, *([unscaled] if scaled else [])):
-        own = inverse_frequencies(config.head_dim, rope, torch.float32)
-        if frequencies.shape == tuple(own.shape) and torch.allclose(frequencies.read().float(), own, rtol=1e-2):
-            return True
-    return False
+    rope = config.rope_parameters
+    tables = [rope]
+    if ROPE_TYPES[rope["rope_type"]]:
+        # transformers once kept those of scaled types unscaled, and divided the positions.
+        tables.append({"rope_type": "default", "rope_theta": rope["rope_theta"]})
+    if frequencies.shape != (config.head_dim // 2,):
+        return False
+    found = frequencies.read().float()
+    own = (inverse_frequencies(config.head_dim, table, torch.float32) for table in tables)
+    return any(torch.allclose(found, expected, rtol=1e-2) for expected in own)
 
 
 def read_tensors(folder: Path) -> dict[str, SourceTensor]:
