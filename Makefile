@@ -14,7 +14,7 @@ endif
 
 .PHONY: serve test bench
 serve: $(INSTALLED)
-	$(BIN)/python examples/serve.py $(ARGS)
+	$(BIN)/python examples/inference/serve.py $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)

@@ -11,9 +11,9 @@ from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.table import print_table
-from vllm_yocou import model
-from vllm_yocou.compilation import compiled_unit
-from vllm_yocou.model import Decoder, SelfDecoderLayer
+from vllm_yocou.serving import model
+from vllm_yocou.serving.compilation import compiled_unit
+from vllm_yocou.serving.model import Decoder, SelfDecoderLayer
 
 BATCHES = (1, 8)
 ROUNDS, STEPS, PROFILED = 12, 10, 4

@@ -48,7 +48,7 @@ def evaluate(model: Path, by: str, tasks: tuple[str, ...], limit: int, environme
         arguments += f",max_length={CONTEXT}"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *BY[by], "--model", by, "--model_args", arguments]
-        command += ["--include_path", "examples/lm_eval", "--tasks", ",".join(tasks), "--limit", str(limit)]
+        command += ["--include_path", "examples/evaluation", "--tasks", ",".join(tasks), "--limit", str(limit)]
         command += ["--metadata", json.dumps({"max_seq_lengths": [RULER_TOKENS], "tokenizer": str(model)})]
         command += ["--batch_size", "auto" if by == "vllm" else "8", "--log_samples", "--output_path", folder]
         offline = dict(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, help="a Llama's folder, to run beside")
     parser.add_argument("--limit", type=int, default=100, help="items of each task")
     arguments = parser.parse_args()
-    subprocess.run([sys.executable, "examples/lm_eval/fetch.py"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "examples/evaluation/fetch.py"], cwd=ROOT, check=True)
     limit = arguments.limit
     tasks = OWN + COMMON + RULER
     sides = {TRAINED: {by: evaluate(TRAINED, by, tasks, limit) for by in ("hf", "vllm")}}

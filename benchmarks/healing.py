@@ -2,8 +2,8 @@
 
     python -m benchmarks.healing LLAMA prose.txt --steps 16 --keep healed
 
-Runs `vllm-yocou upcycle` and examples/distill.py as a user does, then lm-eval and decode steps in vLLM. With --keep the
-healed checkpoints stay, those found there are not made again, and a run that was stopped goes on. Options that are not
+Runs `vllm-yocou upcycle` and examples/training/distill.py as a user does, then lm-eval and decode steps in vLLM. With
+--keep the healed checkpoints stay, those found there are not made again, and a stopped run goes on. Options that are not
 of this table are distill.py's: --precision bfloat16 --batch 8 --accumulate 1 on a GPU.
 """
 
@@ -107,12 +107,12 @@ def table(made: dict[int, Made], found: dict[Path, list[float]], source: Path, c
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
-    parser.add_argument("text", type=Path, help="a text file; examples/distill.py holds some of it out")
+    parser.add_argument("text", type=Path, help="a text file; examples/training/distill.py holds some of it out")
     parser.add_argument("--steps", type=int, default=16, help=f"of {STEP_ROWS * ROW} tokens each")
     parser.add_argument("--limit", type=int, default=100, help="items of each task")
     parser.add_argument("--keep", type=Path, help="folder for what is made")
     arguments, more = parser.parse_known_args()
-    subprocess.run([sys.executable, "examples/lm_eval/fetch.py"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "examples/evaluation/fetch.py"], cwd=ROOT, check=True)
     source, limit = arguments.source.resolve(), arguments.limit
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.keep or Path(temporary)).resolve()

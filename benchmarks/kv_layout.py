@@ -5,7 +5,7 @@ from vllm import SamplingParams
 from vllm.v1.request import Request
 
 from benchmarks.table import print_table
-from vllm_yocou.kv_bytes import KVBytes
+from vllm_yocou.cli.kv_bytes import KVBytes
 
 LENGTHS = (200, 4096, 32768)
 CHUNK = 1024

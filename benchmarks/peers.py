@@ -31,8 +31,8 @@ from vllm import LLM
 
 from benchmarks.kv_layout import held_in_decode
 from benchmarks.table import print_table
-from vllm_yocou.kv_bytes import KVBytes
-from vllm_yocou.parameters import stored
+from vllm_yocou.cli.kv_bytes import KVBytes
+from vllm_yocou.cli.parameters import stored
 
 MARGIN = 4096  # tokens that a request has room for beyond its prompt, or in flight in a window cache
 OURS, LIKE_PAPER, LOOPED = "YOCO-U", "Transformer, S + C layers", "IQuestLoopCoder, 2 · (S + C) passes"

@@ -38,7 +38,7 @@ from benchmarks.server import VLLM, Server, serving
 from benchmarks.table import print_table
 
 CHECKPOINT = Path(__file__).parent.parent / "examples" / "yoco-u-kjv"
-TEXT = CHECKPOINT.parent / "lm_eval" / "kjv_last_word.jsonl"
+TEXT = CHECKPOINT.parent / "evaluation" / "kjv_last_word.jsonl"
 CONTEXT, CHUNK = 2048, 64
 # Blocks so small that requests grow while they run, in space for one of the whole context or six short ones, of the
 # twelve that the clients keep in flight.

@@ -2,7 +2,7 @@
 
     python -m benchmarks.t_sweep --corpus kjv --steps 300
 
-Trains the model of examples/train.py (see there for the corpus) once for each T, then serves each checkpoint.
+Trains the model of examples/training/train.py (see there for the corpus) once for each T, then serves each checkpoint.
 """
 
 from benchmarks.engine import SHARE, block_bytes, decoding, prompt_s, step_s
@@ -23,7 +23,7 @@ from benchmarks.table import print_table
 
 ITERATIONS = (1, 2, 3, 5)
 PROMPT, BATCH, ROUNDS, STEPS = 1024, 8, 5, 20
-TRAIN = Path(__file__).parent.parent / "examples" / "train.py"
+TRAIN = Path(__file__).parent.parent / "examples" / "training" / "train.py"
 PICTURE = Path(__file__).parent / "pictures" / "t_sweep.png"
 
 
@@ -92,7 +92,7 @@ def draw(perplexity: dict[int, float], costs: dict[int, tuple[float, float, int]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, required=True, help="as examples/train.py takes it")
+    parser.add_argument("--corpus", type=Path, required=True, help="as examples/training/train.py takes it")
     parser.add_argument("--steps", type=int, default=300, help="of 4096 tokens each")
     parser.add_argument("--keep", type=Path, help="folder for the checkpoints; those found there are not trained again")
     arguments = parser.parse_args()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from benchmarks.table import print_table
-from vllm_yocou import upcycling
+from vllm_yocou.checkpoints import upcycling
 from vllm_yocou.reference import YocoUForCausalLM
 
 WINDOW, TOKENS = 128, 256  # W, and tokens of a row

@@ -14,7 +14,7 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 
 def pytest_terminal_summary(terminalreporter):
-    from oracle import checked
+    from harness.oracle import checked
 
     if checked:
         terminalreporter.section("served model against the reference, float32")
@@ -36,7 +36,27 @@ def lines(monkeypatch) -> list[str]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    from checkout import serving
+    from harness.checkout import serving
 
     with serving(tmp_path_factory.mktemp("server")) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The trained checkpoint's."""
+    from harness.checkout import TRAINED
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(TRAINED)
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """The trained checkpoint as the reference model."""
+    import torch
+    from harness.checkout import TRAINED
+
+    from vllm_yocou.reference import YocoUForCausalLM
+
+    return YocoUForCausalLM.from_pretrained(TRAINED, dtype=torch.float32).eval()

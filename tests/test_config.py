@@ -5,15 +5,15 @@ import json
 import logging
 
 import pytest
-import tiny
 import torch
+from harness import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from transformers import AutoConfig, PreTrainedConfig
 from vllm.config import ModelConfig
 from vllm.plugins import load_general_plugins
 
-from vllm_yocou.checkpoint import expected_shapes
+from vllm_yocou.checkpoints.format import expected_shapes
 from vllm_yocou.config import FOREIGN_SWITCHES, REQUIRED, YocoUConfig
 
 IMPOSSIBLE = [

@@ -28,8 +28,10 @@ def text(wheel: zipfile.ZipFile, ending: str) -> str:
 
 def test_both_folders_are_one_package(wheel):
     names = set(wheel.namelist())
-    assert {f"vllm_yocou/{file.name}" for file in (ROOT / "vllm_yocou").glob("*.py")} <= names
-    assert {f"vllm_yocou/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")} <= names
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    ours = [path for path in tracked.split() if path.startswith(("vllm_yocou/", "kernels/"))]
+    installed = {path if path.startswith("vllm_yocou/") else f"vllm_yocou/{path}" for path in ours}
+    assert installed == {name for name in names if name.endswith(".py")}
     assert {name.split("/")[0].split("-")[0] for name in names} == {"vllm_yocou"}
 
 
@@ -38,7 +40,7 @@ def test_the_entry_points_are_vllms_and_the_command(wheel):
     entries.read_string(text(wheel, "entry_points.txt"))
     assert {name: dict(entries[name]) for name in entries.sections()} == {
         "vllm.general_plugins": {"yocou": "vllm_yocou.registration:register"},
-        "console_scripts": {"vllm-yocou": "vllm_yocou.command_line:main"},
+        "console_scripts": {"vllm-yocou": "vllm_yocou.cli.command_line:main"},
     }
 
 

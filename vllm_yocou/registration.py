@@ -10,7 +10,7 @@ from vllm_yocou import __version__
 
 SUPPORTED_VLLM = ((0, 32),)
 ARCHITECTURE = "YocoUForCausalLM"
-MODEL_CLASS = "vllm_yocou.model:YocoUForCausalLM"
+MODEL_CLASS = "vllm_yocou.serving.model:YocoUForCausalLM"
 
 # A child of vLLM's logger, so that the lines look like vLLM's own and obey its settings.
 logger = logging.getLogger("vllm.plugins.yocou")
@@ -45,7 +45,7 @@ def _register() -> None:
     from vllm.model_executor.models.registry import ModelRegistry
 
     from vllm_yocou.config import YocoUConfig
-    from vllm_yocou.engine_config import YocoUEngineConfig
+    from vllm_yocou.serving.engine_settings import YocoUEngineConfig
 
     AutoConfig.register(YocoUConfig.model_type, YocoUConfig, exist_ok=True)
     MODELS_CONFIG_MAP[ARCHITECTURE] = YocoUEngineConfig

@@ -6,9 +6,9 @@ A process that runs engines must not interpret, so `make test` runs these tests 
 import os
 from pathlib import Path
 
-import interpreter
 import pytest
 import torch
+from harness import interpreter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:

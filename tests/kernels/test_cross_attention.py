@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-import paged
 import pytest
 import torch
+from harness import paged
 
 from vllm_yocou.kernels.arguments import Batch
 from vllm_yocou.kernels.cross_attention import MOST_SPLITS, SPLIT, TILE, cross_attention, naive, scratch

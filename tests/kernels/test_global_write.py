@@ -1,8 +1,8 @@
 """What the kernel writes is what torch writes in float64; every other slot stays as it was."""
 
-import paged
 import pytest
 import torch
+from harness import paged
 
 from vllm_yocou.kernels.global_write import global_write, naive
 

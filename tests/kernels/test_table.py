@@ -1,8 +1,8 @@
 """What the kernels' table times side by side computes the same; on a CPU, what Triton's interpreter runs of it."""
 
-import engine_process
 import pytest
 import torch
+from harness import engine_process
 
 
 @pytest.fixture(autouse=True)

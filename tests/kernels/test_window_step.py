@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-import paged
 import pytest
 import torch
+from harness import paged
 
 from vllm_yocou.kernels.arguments import Rotation
 from vllm_yocou.kernels.window_step import TILE, naive, window_step

@@ -1,0 +1,257 @@
+"""The benchmarks on tiny shapes: that they run, and that what they print follows from what they measured."""
+
+import gc
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from harness.checkout import ROOT, TRAINED
+from harness.llamas import save_material, upcycle
+from vllm.distributed import cleanup_dist_env_and_memory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    """What benchmarks.engine sets on import stays in this module: a server's log has to say when it is ready."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_LOGGING_LEVEL", os.environ.get("VLLM_LOGGING_LEVEL", "INFO"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def torn_down():
+    """An engine that is collected later takes the parallel groups of the next one with it."""
+    yield
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def rows(text: str) -> list[list[str]]:
+    """Cells of the lines below a Markdown table's header."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def number(cell: str) -> float:
+    return float(re.match(r"[\d.,]+", cell)[0].replace(",", ""))
+
+
+def bounds(cell: str) -> tuple[float, float]:
+    """What may have been rounded to a cell's number."""
+    digits = re.match(r"[\d,]+(?:\.(\d+))?", cell)
+    half = 0.5 * 10 ** -len(digits[1] or "")
+    return number(digits[0]) - half, number(digits[0]) + half
+
+
+def assert_ratio(ratio: str, above: str, below: str) -> None:
+    """Whatever a machine's speed: small figures have few digits."""
+    (low, high), (least_above, most_above), (least_below, most_below) = map(bounds, (ratio, above, below))
+    assert least_below > 0 and low * least_below <= most_above and least_above <= high * most_below, (
+        f"{ratio} is not {above} over {below}"
+    )
+
+
+def test_peers(monkeypatch, tmp_path, capsys):
+    from benchmarks import peers
+    from benchmarks.engine import config
+    from vllm_yocou.cli.kv_bytes import KVBytes
+
+    lengths, batches = (100, 2000), (1, 2)
+    small = peers.Sizes("yoco-u-kjv", "float32", dict.fromkeys(lengths, 1), batches, 2000, 1 << 30, "peers.png", {})
+    for name, value in dict(SMALL=small, ROUNDS=1, PICTURES=tmp_path / "pictures").items():
+        monkeypatch.setattr(peers, name, value)
+    peers.main([])
+    printed = capsys.readouterr().out
+    assert f"{peers.OURS} 2, " in printed and "a group for each cache 10, " in printed
+    table = rows(printed)
+    names = list(peers.peers(small))
+    assert [(number(row[0]), row[1]) for row in table] == [(tokens, name) for tokens in lengths for name in names]
+    for row in table:
+        ours = next(other for other in table if other[:2] == [row[0], peers.OURS])
+        for figure in (2, 4, 6, 8):  # tokens/s of prefill and decode, bytes
+            assert_ratio(row[figure + 1], ours[figure], row[figure])
+    # A pool's blocks add up to the formula's bytes, and at most two blocks more in each of the ten caches.
+    kv = {row[1]: number(row[8]) for row in table if number(row[0]) == 2000}
+    cfg = config("yoco-u-kjv")
+    formula, token_MiB = KVBytes.yoco_u(cfg, 4).of_request(2000) / 2**20, 2 * 2 * 32 * 4 / 2**20
+    assert formula <= kv["YOCO-U, a group for each cache"] < formula + 10 * 2 * 32 * token_MiB + 0.1
+    assert formula <= kv[peers.OURS] < 1.5 * formula
+    assert kv[peers.LIKE_PAPER] == pytest.approx(6 * 2000 * token_MiB, rel=0.05)
+    assert (tmp_path / "pictures" / "peers.png").stat().st_size > 10_000
+
+
+def test_pools_of_peers_hold_what_is_measured():
+    """Of the paper's shape too, which no machine without a GPU starts."""
+    from benchmarks import peers
+    from vllm_yocou.cli.kv_bytes import KVBytes
+
+    for sizes in (peers.SMALL, peers.PAPER):
+        longest = max(sizes.prompts) + peers.MARGIN
+        models = peers.peers(sizes)
+        ours, settings = models[peers.OURS]
+        kv = KVBytes.yoco_u(ours, 4 if sizes.dtype == "float32" else 2)
+        assert settings["kv_cache_memory_bytes"] >= max(sizes.batches) * kv.of_request(longest)
+        for name, (cfg, settings) in models.items():
+            assert cfg.max_position_embeddings >= longest
+            if "Transformer" in name:
+                whole = KVBytes.transformer(ours, 4 if sizes.dtype == "float32" else 2).token // ours.num_hidden_layers
+                needed = max(longest, max(sizes.batches) * sizes.together) * whole * cfg.num_hidden_layers
+                assert settings["kv_cache_memory_bytes"] >= needed
+    total = sum(settings["kv_cache_memory_bytes"] for _, settings in peers.peers(peers.PAPER).values())
+    assert total < 120 << 30  # of an H200's 139 GiB
+
+
+def test_ratios_of_peers_name_the_papers():
+    from benchmarks.peers import LIKE_PAPER, OURS, Sizes, table
+
+    tokens = 16 << 10
+    sizes = Sizes("", "", {tokens: 1}, (1, 8), tokens, 1 << 30, "", {})
+    steps = {(tokens, 1): {OURS: 0.5, LIKE_PAPER: 0.25}, (tokens, 8): {OURS: 1.0}}
+    held = {tokens: {OURS: 1 << 20, LIKE_PAPER: 4 << 20}}
+    ours, theirs = table([OURS, LIKE_PAPER], sizes, {tokens: {OURS: 4.0, LIKE_PAPER: 8.0}}, steps, held)
+    assert ours[2:] == ["4,096 (4.00 s)", "1.00x", "2.0", "1.00x", "8.0", "1.00x", "1.0 MiB", "1.00x", 1024]
+    # SPEC.md, section 5: 75,694 tokens/s of prefill beside 66,342, of decode 1,966 beside 1,795, 62 MB beside 640.
+    assert theirs[2:5] == ["2,048 (8.00 s)", "2.00x (paper 1.14x)", "4.0"]
+    assert theirs[5:] == ["0.50x", "does not fit", "(paper 1.10x)", "4.0 MiB", "0.25x (paper 0.10x)", 256]
+
+
+def test_reference_model(monkeypatch, capsys):
+    from benchmarks import reference_model
+
+    for name, value in dict(SHAPE="yoco-u-kjv", PROMPTS=(70,), BATCHES=(1, 2), STEPS=3, ROUNDS=1).items():
+        monkeypatch.setattr(reference_model, name, value)
+    reference_model.main()
+    table = rows(capsys.readouterr().out)
+    assert [row[:2] for row in table] == [["70", "1"], ["70", "2"]]
+    for row in table:
+        assert_ratio(row[4], row[2], row[3])
+        assert_ratio(row[7], row[6], row[5])
+
+
+def test_t_sweep(monkeypatch, tmp_path, capsys):
+    """Checkpoints that are there are not trained again: here the trained one, which 3 and 1 iterations share."""
+    from benchmarks import t_sweep
+
+    report = json.loads((TRAINED / "training.json").read_text())
+    for t in (1, 3):
+        folder = shutil.copytree(TRAINED, tmp_path / f"T{t}-7")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"num_iterations": t}))
+        held_out = {"held_out_perplexity": {f"YOCO-U, T = {t}": 40.0 + t}}
+        (folder / "training.json").write_text(json.dumps(report | held_out))
+    settings = dict(ITERATIONS=(1, 3), PROMPT=200, BATCH=2, ROUNDS=1, STEPS=2, PICTURE=tmp_path / "t_sweep.png")
+    for name, value in settings.items():
+        monkeypatch.setattr(t_sweep, name, value)
+    monkeypatch.setattr("sys.argv", ["t_sweep", "--corpus", "none", "--steps", "7", "--keep", str(tmp_path)])
+    t_sweep.main()
+    (one, three) = rows(capsys.readouterr().out)
+    assert [one[0], one[1], three[0], three[1]] == ["1", "41.0", "3", "43.0"]
+    assert "(1.00x)" in one[4] and number(three[4]) > 1.5 * number(one[4])
+    assert t_sweep.PICTURE.stat().st_size > 5_000
+
+
+def test_costs_of_iterations():
+    from benchmarks.t_sweep import table
+
+    one, three = table({1: 50.0, 3: 40.0}, {1: (0.5, 0.01, 1 << 20), 3: (1.0, 0.04, 3 << 20)})
+    assert one == [1, 50.0, "2,048 (1.00x)", "800 (1.00x)", "1.00 MiB (1.00x)"]
+    assert three == [3, 40.0, "1,024 (0.50x)", "200 (0.25x)", "3.00 MiB (3.00x)"]
+
+
+def test_serving():
+    from benchmarks.serving import table
+
+    medians = {"skipping": [0.5, 1300.0, 250.0, 30.0], "every row": [0.25, 650.0, 1000.0, 60.0]}
+    first, last = table(medians)
+    assert first == ["skipping", "0.50 (2.00x)", "1,300.00 (2.00x)", "250.00 (0.25x)", "30.00 (0.50x)"]
+    assert all("(1.00x)" in cell for cell in last[1:])
+
+
+def test_answers_are_compared():
+    from benchmarks.evaluation import alike
+
+    assert alike([[-1.0, -2.0], [-3.0]], [[-1.0, -2.25], [-3.0]]) == "log-likelihoods within 2.5e-01"
+    assert alike([["a"], ["b"]], [["a"], ["c"]]) == "1 of 2 texts the same"
+    with pytest.raises(ValueError):
+        alike([["a"], ["b"]], [["a"]])
+
+
+def test_upcycling(monkeypatch, tmp_path, capfd):
+    """Each choice in the order of the table, those that are healed better for it; a start is what upcycle writes."""
+    from benchmarks import upcycling
+    from vllm_yocou.reference import YocoUForCausalLM
+
+    save_material(tmp_path)
+    for name, value in dict(WINDOW=16, TOKENS=32, WARMUP=1).items():
+        monkeypatch.setattr(upcycling, name, value)
+    built = upcycling.build(tmp_path / "llama", self_layers=2, iterations=2)
+    upcycle(tmp_path / "llama", tmp_path / "written", self_layers=2, iterations=2, window=16)
+    ids = torch.arange(40)[None]
+    written = YocoUForCausalLM.from_pretrained(tmp_path / "written", dtype=torch.float32).eval()
+    assert torch.equal(built.eval()(ids).logits, written(ids).logits)
+
+    command = ["upcycling", tmp_path / "llama", tmp_path / "text.txt", "--steps", "12", "--held-out", "3"]
+    monkeypatch.setattr("sys.argv", [*map(str, command)])
+    upcycling.main()
+    source, *table = rows(capfd.readouterr().out)
+    healed, started = upcycling.choices(5)
+    assert source[0] == "the source itself" and [row[0] for row in table] == [*healed, *started]
+    assert [row[1:3] for row in table[:5]] == [["2 + 3", "1"]] * 3 + [["3 + 2", "1"], ["2 + 3", "2"]]
+    for row in table:
+        assert (number(row[4]) < number(row[3])) if row[0] in healed else row[4:] == ["", ""]
+    assert table[0][5] == "" and all("±" in row[5] for row in table[1 : len(healed)])
+
+
+def test_healing(monkeypatch, tmp_path, capfd):
+    """All but lm-eval: made, healed, served. What is there is not made again."""
+    from benchmarks import healing
+
+    settings = dict(ITERATIONS=(2,), WINDOW=16, ROW=48, STEP_ROWS=2, KV_TOKENS=200, CONTEXT=60, STEPS=2, ROUNDS=1)
+    settings["scores"] = lambda model, limit: [0.5, 0.25, 1.0]
+    for name, value in settings.items():
+        monkeypatch.setattr(healing, name, value)
+    save_material(tmp_path, head_dim=32)
+    command = ["healing", tmp_path / "llama", tmp_path / "text.txt", "--steps", "2", "--keep", tmp_path / "kept"]
+    monkeypatch.setattr("sys.argv", [*map(str, command), "--held-out", "3"])
+    healing.main()
+    capfd.readouterr()
+    made = (tmp_path / "kept" / "T2-2" / "distillation.json").stat().st_mtime_ns
+    healing.main()
+    assert (tmp_path / "kept" / "T2-2" / "distillation.json").stat().st_mtime_ns == made
+    printed = capfd.readouterr().out
+    assert "2 steps, 192 tokens. Perplexity of 141 held-out tokens" in printed
+    source, start, healed = rows(printed)
+    assert [row[:2] for row in (start, healed)] == [["after initialisation", "2"], ["after healing", "2"]]
+    assert source[6].endswith("(1/1.0)") and number(healed[6]) < number(source[6])
+
+
+def test_scores_of_healing(tmp_path):
+    from benchmarks.healing import Made, table
+
+    report = {"held_out_perplexity": {"before": 900.0, "after": 90.0, "source": 30.0}}
+    made = {2: Made(tmp_path / "start", tmp_path / "healed", report)}
+    found = {tmp_path: [0.625, 0.5, 1.0], tmp_path / "start": [0.5, 0.5, 0.0], tmp_path / "healed": [0.6, 0.5, 0.25]}
+    costs = [(180 << 20, 0.1), (18 << 20, 0.2)]
+    assert table(made, found, tmp_path, costs) == [
+        ["the source", "", "30.0", "0.625", "0.500", "1.000", "180.0 MiB (1/1.0)", "10.0 (1.00x)"],
+        ["after initialisation", 2, "900.0", "0.500", "0.500", "0.000", "18.0 MiB (1/10.0)", "5.0 (0.50x)"],
+        ["after healing", 2, "90.0", "0.600", "0.500", "0.250", "18.0 MiB (1/10.0)", "5.0 (0.50x)"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["nothing", "peers"], "nothing: no table, choose from kv_layout,"),
+        (["prefill", "peers", "--paper"], "--paper: no table, choose from kv_layout,"),
+    ],
+)
+def test_tables_that_are_not_there(arguments, sentence):
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.startswith(sentence)

@@ -1,0 +1,162 @@
+"""What a user can type: figures, or one line and exit code 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import foreign_sources as sources
+from harness import tiny
+from harness.checkout import TRAINED
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vllm_yocou.cli import command_line
+from vllm_yocou.cli.kv_bytes import KVBytes
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny.config().save_pretrained(folder)
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.json").write_text("{")
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "incomplete").mkdir()
+    (folder / "incomplete" / "config.json").write_text('{"model_type": "yoco_u", "hidden_size": -1}')
+    (folder / "list").mkdir()
+    (folder / "list" / "config.json").write_text("[]")
+    (folder / "cut-short").mkdir()
+    sources.save_yoco2024(folder / "cut-short", {}, {})
+    (folder / "cut-short" / "params.json").write_text('{"dim": ')
+    return folder
+
+
+def run(capsys, monkeypatch, *arguments) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["vllm-yocou", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        command_line.main()
+    printed = capsys.readouterr()
+    return exit.value.code or 0, printed.out, printed.err
+
+
+def test_kv(checkpoint, capsys, monkeypatch):
+    options = ("--context", "1k", "--concurrency", 3, "--tp", 2, "--kv-cache-dtype", "fp8", "--budget", "1m")
+    code, printed, _ = run(capsys, monkeypatch, "kv", checkpoint, *options, "--json")
+    rows = json.loads(printed)["rows"]
+    cost = KVBytes.yoco_u(tiny.config(), 1, ranks=2)
+    assert code == 0 and [row["architecture"] for row in rows] == [
+        "YOCO-U, T = 3",
+        "YOCO, T = 1",
+        "Transformer, 4 layers",
+    ]
+    assert rows[0]["request_bytes"] == rows[0]["global_bytes"] + rows[0]["window_bytes"] == cost.of_request(1024)
+    assert rows[0]["all_bytes"] == 3 * cost.of_request(1024)
+    assert rows[0]["tokens_in_budget"] == cost.tokens_in(2**20 // 3)
+
+    code, printed, _ = run(capsys, monkeypatch, "kv", checkpoint / "config.json", *options)
+    assert code == 0 and f"{cost.of_request(1024) / 2**20:,.1f} MiB" in printed
+
+
+def test_a_mixtures_config_alone(tmp_path, capsys, monkeypatch):
+    tiny.moe_config().save_pretrained(tmp_path)
+    for command in ("kv", "info"):
+        code, _, error = run(capsys, monkeypatch, command, tmp_path / "config.json")
+        assert (code, error) == (0, "")
+
+
+def test_info(checkpoint, capsys, monkeypatch):
+    code, printed, _ = run(capsys, monkeypatch, "info", checkpoint, "--json")
+    facts = json.loads(printed)
+    assert code == 0 and (facts["iterations"], facts["sliding_window"]) == (3, 16)
+    assert facts["parameters"] > facts["active_parameters"] > 0 and facts["flops_a_token_at_4096"] > 0
+    code, printed, _ = run(capsys, monkeypatch, "info", checkpoint)
+    assert code == 0 and f"{facts['parameters']:,}" in printed
+
+
+def test_the_installed_command():
+    command = Path(sys.executable).parent / "vllm-yocou"
+    printed = subprocess.run([command, "info", TRAINED, "--json"], capture_output=True, text=True, check=True).stdout
+    assert json.loads(printed)["self_decoder_layers"] == 3
+
+
+def test_convert(tmp_path, capsys, monkeypatch):
+    source, destination = tmp_path / "source", tmp_path / "converted"
+    source.mkdir()
+    sources.save_yoco2024(source, sources.YOCO2024, sources.yoco2024_weights(sources.YOCO2024))
+    code, printed, _ = run(capsys, monkeypatch, "convert", source, destination, "--dry-run")
+    assert code == 0 and not destination.exists()
+    assert "cross_decoder.k_proj.weight -> model.global_kv.k_proj.weight [16, 48] float32" in printed.splitlines()
+    code, printed, progress = run(capsys, monkeypatch, "convert", source, destination, "--dtype", "bfloat16")
+    assert code == 0 and "ready for vllm serve" in printed and "KiB" in progress
+    code, printed, _ = run(capsys, monkeypatch, "info", destination, "--json")
+    assert code == 0 and json.loads(printed)["iterations"] == 1
+    code, _, error = run(capsys, monkeypatch, "convert", source, destination)
+    assert code == 2 and "is there already" in error and len(error.splitlines()) == 1
+
+
+def test_upcycle(tmp_path, capsys, monkeypatch):
+    source, destination = tmp_path / "llama", tmp_path / "made"
+    sizes = dict(vocab_size=31, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=4)
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(source)
+    capsys.readouterr()
+    asked = ("--iterations", 2, "--window", 8, "--self-from", "0,2", "--cross-from", "2-3", "--no-cross-rope")
+    code, printed, _ = run(capsys, monkeypatch, "upcycle", source, destination, *asked, "--dry-run")
+    assert code == 0 and not destination.exists()
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
+    assert cells == [
+        ["self layer 0", "layer 0", "layer 0"],
+        ["self layer 1", "layer 2", "layer 2"],
+        ["global K and V", "layer 2", ""],
+        ["cross layer 0", "layer 2", "layer 2"],
+        ["cross layer 1", "layer 2", "layer 3"],
+    ]
+    code, printed, progress = run(capsys, monkeypatch, "upcycle", source, destination, *asked)
+    assert code == 0 and "global K and V" in printed and "examples/training/distill.py" in printed and "KiB" in progress
+    code, printed, _ = run(capsys, monkeypatch, "info", destination, "--json")
+    assert (json.loads(printed)["iterations"], json.loads(printed)["sliding_window"]) == (2, 8)
+    code, _, error = run(capsys, monkeypatch, "upcycle", source, destination, *asked)
+    assert code == 2 and "is there already" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["kv", "{}/broken"], "not a valid JSON file"),
+        (["kv", "{}/other"], "is of model_type 'llama': give a checkpoint of 'yoco_u'"),
+        (["kv", "{}/incomplete"], "config key 'vocab_size' is missing"),
+        (["info", "{}/absent"], "absent"),
+        (["kv", "{}", "--context", "many"], "'many' is not a positive whole number"),
+        (["kv", "{}", "--context", "0"], "'0' is not a positive whole number"),
+        (
+            ["kv", "{}", "--tp", "3"],
+            "num_attention_heads 4 is not divisible by the tensor parallel size 3",
+        ),
+        (["kv", "{}", "--context", "9" * 400], "is more than anything holds"),
+        (["kv", "{}/list"], "AttributeError"),
+        (["info", "{}[/b]"], "[/b]"),
+        (["kv", "{}", "--tp", "0"], "Invalid value for '--tp'"),
+        (["kv", "{}", "--kv-cache-dtype", "int3"], "'int3' is not one of"),
+        (["kv"], "Missing argument"),
+        (["convert", "{}/absent", "{}/new"], "holds no weights"),
+        (["convert", "{}/config.json", "{}/new"], "holds no weights"),
+        (["convert", "{}/cut-short", "{}/new"], "params.json is not JSON"),
+        (["convert", "{}", "{}/new", "--dtype", "int8"], "'int8' is not one of"),
+        (["upcycle", "{}", "{}/new", "--iterations", "2"], "of model_type 'yoco_u': upcycle makes YOCO-U from 'llama'"),
+        (["upcycle", "{}/absent", "{}/new", "--iterations", "2"], "has no config.json"),
+        (["upcycle", "{}/broken", "{}/new", "--iterations", "2"], "config.json is not JSON"),
+        (["upcycle", "{}/other", "{}/new", "--iterations", "2"], "holds no weights"),
+        (["upcycle", "{}/other", "{}/new", "--iterations", "0"], "Invalid value for '--iterations'"),
+        (["upcycle", "{}/other", "{}/new", "--iterations", "2", "--self-from", "3-"], "'3-' is neither a layer's"),
+        (["upcycle", "{}/other", "{}/new", "--iterations", "2", "--cross-from", "9-3"], "'9-3' is neither a layer's"),
+        (["upcycle", "{}/other", "{}/new", "--iterations", "2", "--self-layers", "32"], "choose --self-layers between"),
+        (["kv", "{}", "--nonsense"], "No such option"),
+        (["nonsense"], "No such command"),
+    ],
+)
+def test_errors_are_one_line(arguments, complaint, checkpoint, capsys, monkeypatch):
+    arguments = [argument.format(checkpoint) for argument in arguments]
+    code, printed, error = run(capsys, monkeypatch, *arguments)
+    assert code == 2 and printed == "" and len(error.splitlines()) == 1
+    assert error.startswith("vllm-yocou: ") and complaint in error

@@ -1,0 +1,52 @@
+"""The paper's table to the megabyte, and a few bytes counted by hand."""
+
+import pytest
+from harness import tiny
+
+from vllm_yocou.cli.kv_bytes import KVBytes
+from vllm_yocou.config import YocoUConfig
+
+# arXiv 2604.01220: tokens in K, MiB of a Transformer, of YOCO, of YOCO-U.
+PUBLISHED = [(8, 320, 26, 46), (16, 640, 42, 62), (64, 2560, 138, 158), (256, 10240, 522, 542)]
+
+
+def paper() -> YocoUConfig:
+    return YocoUConfig(
+        vocab_size=8192,
+        hidden_size=2560,
+        intermediate_size=6912,
+        num_hidden_layers=20,
+        num_iterations=3,
+        sliding_window=512,
+        num_attention_heads=20,
+        num_key_value_heads=4,
+        head_dim=128,
+        max_position_embeddings=1 << 18,
+    )
+
+
+@pytest.mark.parametrize("thousands, transformer, yoco, yoco_u", PUBLISHED)
+def test_published_figures(thousands, transformer, yoco, yoco_u):
+    ways = (KVBytes.transformer(paper(), 2), KVBytes.yoco_u(paper(), 2, iterations=1), KVBytes.yoco_u(paper(), 2))
+    assert [way.of_request(thousands << 10) / 2**20 for way in ways] == [transformer, yoco, yoco_u]
+
+
+def test_counted_by_hand():
+    cfg = tiny.config(cross_num_key_value_heads=1, cross_num_attention_heads=2, cross_head_dim=64)
+    cost = KVBytes.yoco_u(cfg, 4)
+    # T·S = 6 caches of 2 heads of 32; W = 16; K and V, 4 bytes.
+    assert (cost.of_windows(5), cost.of_windows(16), cost.of_windows(17)) == (15360, 49152, 49152)
+    assert cost.of_request(100) == 49152 + 100 * 512
+
+
+def test_ranks_share_heads_or_copy_them():
+    cfg = tiny.config(cross_num_key_value_heads=1)
+    one, two = KVBytes.yoco_u(cfg, 2), KVBytes.yoco_u(cfg, 2, ranks=2)
+    assert (two.window_token, two.token) == (one.window_token // 2, one.token)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 1000])
+def test_what_fits_is_the_inverse(tokens):
+    for cost in (KVBytes.yoco_u(tiny.config(), 2), KVBytes.transformer(tiny.config(), 2)):
+        need = cost.of_request(tokens)
+        assert (cost.tokens_in(need - 1), cost.tokens_in(need)) == (tokens - 1, tokens)

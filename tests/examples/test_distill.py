@@ -1,0 +1,200 @@
+"""Healing from a tiny Llama to a checkpoint; a run that is resumed ends where one that was not would have."""
+
+import importlib
+import json
+import shutil
+
+import pytest
+import torch
+from harness.checkout import ROOT
+from harness.llamas import TEXT, save_material, upcycle
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vllm_yocou.cli import parameters
+
+SETTINGS = ("--sequence", "48", "--steps", "4", "--batch", "2", "--accumulate", "2", "--every", "2", "--held-out", "4")
+
+
+@pytest.fixture(scope="module")
+def distill():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples" / "training")
+        yield importlib.import_module("distill")
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("material")
+    save_material(folder)
+    return folder
+
+
+def run(distill, monkeypatch, material, output, *settings):
+    command = ["distill.py", material / "llama", material / "made", output, "--text", material / "text.txt"]
+    monkeypatch.setattr("sys.argv", [*map(str, command), *SETTINGS, *settings])
+    distill.main()
+
+
+def test_healing_writes_a_checkpoint_and_resumes_to_the_exact_step(distill, material, tmp_path, monkeypatch, capsys):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run(distill, monkeypatch, material, whole, "--hidden", "0.5")
+    printed = capsys.readouterr()
+    assert "4/4" in printed.err  # the progress bar
+    report = json.loads((whole / "distillation.json").read_text())
+    assert report["training_tokens"] == 4 * 2 * 2 * 48 and report["held_out_tokens"] == 4 * 47
+    perplexity = report["held_out_perplexity"]
+    assert f"held-out perplexity: {perplexity}" in printed.out and perplexity["after"] < perplexity["before"]
+    assert 0 < report["model_flops_utilisation"] < 1 and "model FLOPs utilisation: " in printed.out
+    assert [entry["step"] for entry in report["history"] if "eval_loss" in entry] == [0, 2, 4]
+    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert AutoModelForCausalLM.from_pretrained(whole).config.num_iterations == 2
+    assert AutoTokenizer.from_pretrained(whole).eos_token == "<end>"
+
+    (resumed / "steps").mkdir(parents=True)
+    shutil.copytree(whole / "steps" / "checkpoint-2", resumed / "steps" / "checkpoint-2")
+    # Stopped while the next one was saved.
+    shutil.copytree(whole / "steps" / "checkpoint-4", resumed / "steps" / "checkpoint-3")
+    (resumed / "steps" / "checkpoint-3" / "trainer_state.json").unlink()
+    run(distill, monkeypatch, material, resumed, "--hidden", "0.5", "--resume")
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert {tensor.dtype for tensor in first.values()} == {torch.bfloat16}
+    before = load_file(material / "made" / "model.safetensors")
+    assert not any(torch.equal(first[name], before[name]) for name in before if "norm" not in name)
+    first, second = (load_file(folder / "steps" / "checkpoint-4" / "model.safetensors") for folder in (whole, resumed))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    again = json.loads((resumed / "distillation.json").read_text())
+    assert again["held_out_perplexity"] == perplexity
+
+    # Stopped behind its last step, before anything was written.
+    shutil.rmtree(resumed)
+    (resumed / "steps").mkdir(parents=True)
+    shutil.copytree(whole / "steps" / "checkpoint-4", resumed / "steps" / "checkpoint-4")
+    run(distill, monkeypatch, material, resumed, "--hidden", "0.5", "--resume")
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    again = json.loads((resumed / "distillation.json").read_text())
+    assert again["held_out_perplexity"] == perplexity and [path.name for path in (resumed / "steps").iterdir()] == [
+        "checkpoint-4"
+    ]
+
+
+def test_mixed_precision(distill, material, tmp_path, monkeypatch, capsys):
+    """Weights stay float32 while the products are of bfloat16, on a CPU as well."""
+    saved = {}
+    for precision in ("float32", "bfloat16"):
+        run(distill, monkeypatch, material, tmp_path / precision, "--steps", "2", "--precision", precision)
+        saved[precision] = load_file(tmp_path / precision / "steps" / "checkpoint-2" / "model.safetensors")
+        assert f"that a product of matrices reached in {precision}" in capsys.readouterr().out
+    for name, tensor in saved["bfloat16"].items():
+        assert tensor.dtype == torch.float32 and not torch.equal(tensor, tensor.bfloat16().float())
+        torch.testing.assert_close(tensor, saved["float32"][name], atol=5e-3, rtol=0)
+    assert any(not torch.equal(tensor, saved["float32"][name]) for name, tensor in saved["bfloat16"].items())
+
+
+def test_an_interruption_tells_how_to_go_on(distill, material, tmp_path, monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "distil", interrupted)
+    for saved, sentence in (
+        (None, "before a step was saved: a smaller --every"),
+        (12, "--resume goes on from checkpoint-12"),
+    ):
+        if saved:
+            for step in (9, saved):
+                (tmp_path / "steps" / f"checkpoint-{step}").mkdir(parents=True)
+                (tmp_path / "steps" / f"checkpoint-{step}" / "trainer_state.json").touch()
+        with pytest.raises(SystemExit) as exit:
+            run(distill, monkeypatch, material, tmp_path)
+        assert exit.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_the_loss_of_a_step(distill, material):
+    """Of its own source, without iterations to tell them apart, a student is no distance away."""
+    llama = AutoModelForCausalLM.from_pretrained(material / "llama").eval()
+    ids = torch.arange(20)[None] * 7
+    settings = distill.TrainingArguments(output_dir=material / "steps", report_to=[])
+    weights = dict(next_token=0.25, hidden=2.0, hidden_layer=3)
+    upcycle(material / "llama", material / "same", self_layers=4)
+    same = AutoModelForCausalLM.from_pretrained(material / "same").train()
+    upcycle(material / "llama", material / "other", self_layers=3, window=4)
+    other = AutoModelForCausalLM.from_pretrained(material / "other").train()
+    inputs = {"input_ids": ids, "labels": ids}
+    with torch.no_grad():
+        theirs = llama(ids, labels=ids, output_hidden_states=True)
+        trainer = distill.Distillation(model=same, args=settings, teacher=llama, **weights | {"hidden_layer": 4})
+        torch.testing.assert_close(trainer.compute_loss(same, inputs), 0.25 * theirs.loss, atol=1e-5, rtol=1e-5)
+        trainer = distill.Distillation(model=other, args=settings, teacher=llama, **weights)
+        ours = other(ids, labels=ids, output_hidden_states=True)
+        p, q = theirs.logits[0].softmax(-1), ours.logits[0].softmax(-1)
+        divergence = (p * (p.log() - q.log())).sum() / 20
+        aim = theirs.hidden_states[3]
+        distance = (ours.hidden_states[3] - aim).pow(2).sum() / aim.pow(2).sum()
+        expected = 0.25 * ours.loss + 0.75 * divergence + 2.0 * distance
+        torch.testing.assert_close(trainer.compute_loss(other, inputs), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(trainer.compute_loss(other.eval(), inputs), ours.loss)
+
+
+def test_rows_hold_the_text_once(distill, material):
+    tokenizer = AutoTokenizer.from_pretrained(material / "made")
+    (text,) = (distill.read_rows([material / "text.txt"], tokenizer, 48),)
+    lines = distill.read_rows([material / "text.jsonl"], tokenizer, 48)
+    assert TEXT.startswith(tokenizer.decode(sum(text["input_ids"], [])))
+    assert TEXT.replace("\n", "<end>").startswith(tokenizer.decode(sum(lines["input_ids"], [])))
+    (material / "some.jsonl").write_text('{"id": 0, "text": null}\n' + (material / "text.jsonl").read_text())
+    assert distill.read_rows([material / "some.jsonl"], tokenizer, 48)["input_ids"] == lines["input_ids"]
+    training, held_out = distill.split(text, 3)
+    assert held_out["input_ids"] == [text[i]["input_ids"] for i in range(0, len(text), 20)[:3]]
+    assert len(training) + len(held_out) == len(text)
+
+
+def test_operations_of_a_step_are_those_that_torch_counts(distill, material):
+    """Attention aside, of which torch counts masked products as well."""
+    models = {name: AutoModelForCausalLM.from_pretrained(material / name) for name in ("llama", "made")}
+    ids, counted = torch.arange(48)[None], {}
+    for name, model in models.items():
+        with FlopCounterMode(display=False) as counter:
+            model(ids, use_cache=False).logits.sum()
+        products = counter.get_flop_counts()["Global"].items()
+        counted[name] = sum(flops for kind, flops in products if "mm" in str(kind) and "bmm" not in str(kind))
+    config = models["made"].config
+    seen = sum(parameters.flops(config, n) - parameters.flops(config, 0) for n in range(1, 49))
+    assert parameters.row_flops(config, 48) == counted["made"] + seen
+    llama_attention = 5 * 4 * 4 * 16 * 48 * 49 / 2
+    expected = 3 * (counted["made"] + seen) + counted["llama"] + llama_attention
+    found = distill.step_flops(models["made"], models["llama"], 48)
+    assert found == pytest.approx(expected, rel=0.02)  # norms count as matrices, and torch's head is the same
+
+
+@pytest.mark.parametrize(
+    "settings, complaint",
+    [
+        (["--resume"], "holds no step to resume from"),
+        (["--text", "absent.txt"], "absent.txt is no file that ends in .txt, .jsonl, .parquet"),
+        (["--sequence", "5000"], "none to train on: give more"),
+        (["--hidden", "1", "--hidden-layer", "5"], "shows its states behind layers 1 to 4, not 5"),
+        (["--batch", "0"], "invalid (int, at least 1) value: '0'"),
+        (["--sequence", "1"], "invalid (int, at least 2) value: '1'"),
+        (["--next-token", "5"], "invalid (float, at least 0, at most 1) value: '5'"),
+        (["--learning-rate", "nan"], "invalid (float, at least 0) value: 'nan'"),
+        (["--precision", "float16"], "float16 needs a GPU: take bfloat16 or float32"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(settings, complaint, distill, material, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(distill, monkeypatch, material, tmp_path / "healed", *settings)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 2 and last.startswith("distill.py: ") and complaint in last
+
+
+@pytest.mark.parametrize("source, student", [("llama", "llama"), ("absent", "made"), ("llama", "absent")])
+def test_what_is_no_model_is_refused_in_a_line(source, student, distill, material, tmp_path, monkeypatch, capsys):
+    command = ["distill.py", material / source, material / student, tmp_path, "--text", material / "text.txt"]
+    monkeypatch.setattr("sys.argv", list(map(str, command)))
+    with pytest.raises(SystemExit) as exit:
+        distill.main()
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    named = "of model_type 'llama'" if source == student else "absent"
+    assert exit.value.code == 2 and last.startswith("distill.py: ") and named in last

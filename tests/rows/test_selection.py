@@ -1,0 +1,97 @@
+"""Which rows run, against a loop that says it in words; and what is known of requests that come, move and go."""
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from vllm import SamplingParams
+
+from vllm_yocou.rows.selection import RequestTable, select_rows, why_all_rows
+
+
+def in_words(requests: list[dict]) -> tuple[list[int], list[int]]:
+    """(rows, rows of each request): a row runs if a token is sampled behind it or its log probabilities are wanted."""
+    rows, counts, start = [], [], 0
+    for request in requests:
+        before = request["context"] - request["rows"]
+        own = [
+            start + i
+            for i in range(request["rows"])
+            # The token at position p decides what is sampled at p + 1, which the prefill may already contain.
+            if request["wants"] or not request["prefilling"] or before + i + 1 >= request["prompt"]
+        ]
+        start += request["rows"]
+        rows += own
+        counts.append(len(own))
+    return rows, counts
+
+
+def draw_request(draw: random.Random) -> dict:
+    rows, before = draw.choice([0, 1, 1, 2, 5, 37]), draw.choice([0, 3, 40])
+    context, prompt = before + rows, draw.choice([0, before, before + rows, before + rows + 1, before + 100])
+    return dict(rows=rows, context=context, prompt=prompt, prefilling=draw.random() < 0.6, wants=draw.random() < 0.3)
+
+
+def test_against_words():
+    draw = random.Random(0)
+    for _ in range(500):
+        requests = [draw_request(draw) for _ in range(draw.randint(1, 9))]
+        columns = {key: np.array([request[key] for request in requests]) for key in requests[0]}
+        selected = select_rows(
+            np.concatenate([[0], np.cumsum(columns["rows"])]).astype(np.int32),
+            columns["context"],
+            columns["prefilling"],
+            columns["wants"],
+            columns["prompt"],
+        )
+        rows, counts = in_words(requests)
+        assert selected.rows_M.tolist() == rows and selected.rows_M.dtype == np.int64
+        assert np.diff(selected.query_start_loc).tolist() == counts and selected.query_start_loc.dtype == np.int32
+
+
+def test_the_table_follows_the_runner():
+    table = RequestTable(4)
+    assert not table.filled
+    table.add(0, SamplingParams(), 10)
+    table.add(1, SamplingParams(prompt_logprobs=0), 11)
+    table.add(2, SamplingParams(prompt_logprob_token_ids=[[1, 2]]), 12)
+    table.add(3, None, 0)
+    assert table.wants_prompt.tolist() == [False, True, True, False]
+    table.swap(0, 1)
+    table.move(2, 3)
+    assert table.wants_prompt.tolist() == [True, False, True, True]
+    assert table.prefill_length.tolist() == [11, 10, 12, 12]
+    table.add(0, SamplingParams(), 5)
+    assert not table.wants_prompt[0] and table.prefill_length[0] == 5
+
+
+def settings(**changed) -> SimpleNamespace:
+    """The part of a VllmConfig that decides."""
+    parts = dict(
+        additional_config={},
+        model_config=SimpleNamespace(runner_type="generate", is_moe=False),
+        kv_transfer_config=None,
+        parallel_config=SimpleNamespace(use_ubatching=False, data_parallel_size=2),
+        speculative_config=None,
+        use_v2_model_runner=False,
+    )
+    return SimpleNamespace(**parts | changed)
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({}, None),
+        (dict(additional_config={"yocou": {"skip_rows": False}}), "skip_rows is off"),
+        (dict(model_config=SimpleNamespace(runner_type="pooling")), "pooling"),
+        (dict(model_config=SimpleNamespace(runner_type="generate", is_moe=True)), "data-parallel ranks that share"),
+        (dict(kv_transfer_config=object()), "KV connectors"),
+        (dict(parallel_config=SimpleNamespace(use_ubatching=True)), "micro-batches"),
+        (dict(speculative_config=object()), "V1 runner does not say"),
+        (dict(speculative_config=object(), use_v2_model_runner=True), None),
+    ],
+)
+def test_what_runs_all_rows(changed, reason):
+    found = why_all_rows(settings(**changed))
+    assert (found is None) if reason is None else (reason in found)

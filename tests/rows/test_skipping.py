@@ -1,0 +1,134 @@
+"""Prompt rows skip the cross-decoder in vLLM's V1 and V2 runners, and no answer changes.
+
+One engine a runner: chunks of 37 tokens, eight requests at a time, prefix caching; and engines with n-gram speculation.
+"""
+
+import random
+
+import pytest
+from harness import engine_process, tiny
+from harness.oracle import check
+
+CHUNK = 37
+RUNNERS = ("v1", "v2")
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+
+
+def mixed(count: int, seed: int) -> list[dict]:
+    """Requests of many lengths, every third with prompt log probabilities, that end in another order than they came."""
+    draw = random.Random(seed)
+    requests = []
+    for i in range(count):
+        sampling = {"max_tokens": draw.randint(1, 12)} | ({"prompt_logprobs": 1} if i % 3 == 1 else {})
+        requests.append({"prompt": tiny.prompt(draw.randint(1, 250), seed + i), "sampling": sampling})
+    return requests
+
+
+def preempting() -> list[dict]:
+    """Eight requests that grow, token by token, until the pool cannot hold their second global blocks."""
+    return [{"prompt": tiny.prompt(100, seed), "sampling": {"max_tokens": 130}} for seed in range(8)]
+
+
+SHARED = tiny.prompt(400, seed=77)
+BATCHES = {
+    "mixed": mixed(16, seed=100),
+    "alone": [{"prompt": tiny.prompt(3 * CHUNK)}],
+    "boundaries": [{"prompt": tiny.prompt(length)} for length in (1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK)],
+    "n-best": [{"prompt": tiny.prompt(100, seed), "sampling": {"n": 3, "temperature": 1}} for seed in (8, 9)],
+    "first": [{"prompt": SHARED}],
+    "again": [{"prompt": SHARED}, {"prompt": SHARED, "sampling": {"prompt_logprobs": 1}}],
+    "preempted": preempting(),
+}
+
+
+def rows(request: dict, cached: int = 0) -> tuple[int, int]:
+    """Rows through the self-decoder and the cross-decoder that one request must cost."""
+    sampling = request.get("sampling", {})
+    prompt, generated = len(request["prompt"]) - cached, sampling.get("max_tokens", 12) - 1
+    return prompt + generated, (prompt if "prompt_logprobs" in sampling else 1) + generated
+
+
+class Ran:
+    def __init__(self, folder, runner: str, **settings):
+        self.model = tiny.model(tiny.config(qk_norm="all", cross_decoder_rope=True))
+        self.model.save_pretrained(folder)
+        batches = engine_process.run(folder, list(BATCHES.values()), runner, **settings)
+        self.batches = dict(zip(BATCHES, batches, strict=True))
+
+    def check(self, name: str) -> engine_process.Batch:
+        check(self.model, BATCHES[name], self.batches[name].outputs)
+        return self.batches[name]
+
+
+@pytest.fixture(scope="module", params=RUNNERS)
+def ran(request, tmp_path_factory):
+    # 28 blocks of 192 global tokens: eight requests hold one each and two for their windows, but not two and two.
+    return Ran(tmp_path_factory.mktemp("checkpoint"), request.param, kv_cache_memory_bytes=28 * 192 * 512)
+
+
+@pytest.mark.parametrize("name", ["mixed", "alone", "boundaries"])
+def test_each_request_runs_the_rows_that_it_needs(ran, name):
+    metrics = ran.check(name).metrics
+    self_rows, cross_rows = (sum(counts) for counts in zip(*map(rows, BATCHES[name]), strict=True))
+    assert metrics["yocou_self_decoder_rows"] == self_rows
+    assert metrics["yocou_cross_decoder_rows"] == cross_rows
+    assert metrics["yocou_skipped_rows"] == self_rows - cross_rows > 0
+
+
+def test_n_best(ran):
+    batch = ran.check("n-best")
+    assert all(len(output.outputs) == 3 for output in batch.outputs)
+    assert batch.metrics["yocou_skipped_rows"] > 0
+
+
+def test_prefix_hits(ran):
+    ran.check("first")
+    batch = ran.check("again")
+    hit, scored = (output.num_cached_tokens for output in batch.outputs)
+    assert hit > 0 and scored == 0  # vLLM computes again what it must score
+    expected = [rows({"prompt": SHARED}, hit), rows(BATCHES["again"][1])]
+    assert batch.metrics["yocou_cross_decoder_rows"] == sum(cross for _, cross in expected)
+
+
+def test_preempted_requests(ran):
+    batch = ran.check("preempted")
+    assert batch.metrics["num_preemptions"] > 0 and batch.metrics["yocou_skipped_rows"] > 0
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_ngram_speculation_is_exact(runner, tmp_path):
+    """V2 skips under speculation too; V1 cannot tell who wants prompt log probabilities then, and skips nothing."""
+    model = tiny.model(tiny.config())
+    model.save_pretrained(tmp_path)
+    repeating = [{"prompt": tiny.prompt(9, seed) * 11, "sampling": {"max_tokens": 40}} for seed in range(3)]
+    # A prompt of one token beside another's decode is scheduled with drafts, which nothing was sampled before.
+    padded = [{"prompt": tiny.prompt(length, 5), "sampling": {"max_tokens": 20}} for length in (CHUNK, 1, 100)]
+    requests = [*padded, *mixed(9, seed=300), *repeating]
+    (batch,) = engine_process.run(tmp_path, [requests], runner, speculative_config=NGRAM)
+    check(model, requests, batch.outputs)
+    self_rows, cross_rows = (sum(counts) for counts in zip(*map(rows, requests), strict=True))
+    assert batch.metrics["yocou_skipped_rows"] == (self_rows - cross_rows if runner == "v2" else 0)
+    assert batch.metrics["yocou_self_decoder_rows"] > self_rows  # refused drafts are rows as well
+
+
+def test_cudas_triton_attention_on_packed_blocks(tmp_path):
+    """Blocks of 16 tokens, token-major pages, and fewer queries than keys in vLLM's Triton kernels."""
+    model = tiny.model(tiny.config())
+    model.save_pretrained(tmp_path)
+    requests = [
+        {"prompt": tiny.prompt(41), "sampling": {"max_tokens": 3}},
+        {"prompt": tiny.prompt(19), "sampling": {"max_tokens": 2, "prompt_logprobs": 1}},
+    ]
+    (batch,) = engine_process.run(tmp_path, [requests], "v2-triton", max_model_len=64)
+    check(model, requests, batch.outputs)
+    assert batch.metrics["yocou_skipped_rows"] == 40
+
+
+def test_switched_off(tmp_path):
+    model = tiny.model(tiny.config())
+    model.save_pretrained(tmp_path)
+    requests = mixed(5, seed=400)
+    (batch,) = engine_process.run(tmp_path, [requests], additional_config={"yocou": {"skip_rows": False}})
+    check(model, requests, batch.outputs)
+    assert batch.metrics["yocou_skipped_rows"] == 0
+    assert batch.metrics["yocou_cross_decoder_rows"] == batch.metrics["yocou_self_decoder_rows"] > 0

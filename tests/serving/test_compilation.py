@@ -1,0 +1,156 @@
+"""One pass through the self-decoder and the cross-decoder are compiled once, whatever T is, and stay exact."""
+
+import pytest
+import torch
+from harness import engine_process, tiny
+from harness.checkout import needs_compiler
+from harness.engines import generate, start, stop
+from harness.oracle import Oracle
+from torch._dynamo.utils import counters
+from vllm.compilation.counter import compilation_counter
+
+from vllm_yocou.serving.model import CrossDecoder, SelfDecoder
+
+pytestmark = needs_compiler
+
+COMPILED = dict(kv_cache_memory_bytes=64 << 20, compilation_config={"mode": 3})
+AHEAD_OF_TIME = ("num_aot_artifacts_saved", "num_aot_artifacts_loaded")
+LENGTHS = (1, 16, 17, 50, 333)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def empty_cache(tmp_path_factory):
+    """Compile in these tests, and not in a run before them."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CACHE_ROOT", str(folder))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+        patch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+        yield
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[torch.fx.GraphModule]:
+    """What Inductor is given, in order."""
+    from torch._inductor import compile_fx
+
+    given, compiler = {}, compile_fx.compile_fx
+
+    def compile_and_note(graph, *args, **kwargs):
+        given[id(graph)] = graph  # inductor calls itself with the same graph
+        return compiler(graph, *args, **kwargs)
+
+    monkeypatch.setattr(compile_fx, "compile_fx", compile_and_note)
+    return given.values()
+
+
+def attentions(graphs) -> list[tuple[int, int]]:
+    """Window and cross attentions of each graph that has any; vLLM compiles small functions of its own as well."""
+    targets = [[str(node.target) for node in graph.graph.nodes] for graph in graphs]
+    counts = [
+        (
+            sum("yocou_attend_windows" in target for target in names),
+            sum("unified_attention_with_output" in target for target in names),
+        )
+        for names in targets
+    ]
+    return [count for count in counts if any(count)]
+
+
+def check(llm, oracle: Oracle) -> None:
+    """Chunks of 37 tokens, decodes, one row and many; all rows in the cross-decoder, few and none."""
+    prompts = [tiny.prompt(length) for length in LENGTHS]
+    (alone,) = generate(llm, prompts[-1:], tokens=1)
+    oracle.compare(prompts[-1], alone)
+    for sampling in ({}, {"prompt_logprobs": 1}):
+        for prompt, output in zip(prompts, generate(llm, prompts, **sampling), strict=True):
+            oracle.compare(prompt, output)
+
+
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+def test_two_units_whatever_t_is(variant, graphs, tmp_path, monkeypatch):
+    model = tiny.model(tiny.config(**tiny.VARIANTS[variant]))
+    model.save_pretrained(tmp_path)
+    seen = compilation_counter.num_models_seen
+    llm = start(tmp_path, **COMPILED)
+    assert compilation_counter.num_models_seen == seen + 2
+
+    cfg, calls = model.config, {SelfDecoder: 0, CrossDecoder: 0, "steps": 0}
+
+    def counted(key, function):
+        def call(*args, **kwargs):
+            calls[key] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for unit in (SelfDecoder, CrossDecoder):
+        monkeypatch.setattr(unit, "__call__", counted(unit, unit.__call__))
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    runner.model.forward = counted("steps", runner.model.forward)
+    oracle = Oracle(model)
+    check(llm, oracle)
+    oracle.check()
+    assert attentions(graphs) == [(cfg.num_self_decoder_layers, 0), (0, cfg.num_cross_decoder_layers)]
+    assert calls[SelfDecoder] == cfg.num_iterations * calls["steps"] > 0
+    # Chunks that end no prompt send no row into the cross-decoder.
+    assert 0 < calls[CrossDecoder] < calls["steps"]
+    stop(llm)
+
+
+def test_a_second_start_compiles_nothing_anew(tmp_path):
+    """Nor traces anything; beside the first engine, still serving; with another T as well."""
+    model = tiny.model(tiny.config(num_iterations=1, qk_norm="all", intermediate_size=176))
+    model.save_pretrained(tmp_path)
+    saved, loaded = (lambda name=name: getattr(compilation_counter, name) for name in AHEAD_OF_TIME)
+    before = saved()
+    first = start(tmp_path, **COMPILED)
+    assert saved() == before + 2
+    for settings in ({}, {"hf_overrides": {"num_iterations": 3}}):
+        before = saved(), loaded()
+        counters.clear()
+        llm = start(tmp_path, **settings, **COMPILED)
+        assert (saved(), loaded()) == (before[0], before[1] + 2)
+        assert counters["inductor"]["fxgraph_cache_miss"] == 0 and not counters["frames"]
+
+    looped = tiny.model(tiny.config(num_iterations=3, qk_norm="all", intermediate_size=176))
+    looped.load_state_dict(model.state_dict())
+    for engine, served in ((first, model), (llm, looped), (first, model)):
+        oracle = Oracle(served)
+        check(engine, oracle)
+        oracle.check()
+    assert llm.llm_engine.vllm_config.model_config.hf_config.num_iterations == 3
+    stop(first)
+    stop(llm)
+
+
+def test_engines_of_two_shapes_in_one_process(tmp_path):
+    """vLLM drops the guards that would tell them apart."""
+    models = [tiny.model(tiny.config(hidden_size=hidden)) for hidden in (96, 64)]
+    engines = []
+    for i, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(i))
+        engines.append(start(tmp_path / str(i), **COMPILED))
+    for i in (0, 1, 0):
+        oracle = Oracle(models[i])
+        check(engines[i], oracle)
+        oracle.check()
+    for llm in engines:
+        stop(llm)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_pieces_that_replay_addresses(iterations, tmp_path):
+    """As under CUDA's piecewise graphs: what a call of a unit reads and writes lies where its first call had it."""
+    model = tiny.model(tiny.config(num_iterations=iterations, qk_norm="all"))
+    model.save_pretrained(tmp_path)
+    requests = [{"prompt": tiny.prompt(length)} for length in (1, 5, 16, 17, 50, 133)]
+    all_rows = [request | {"sampling": {"prompt_logprobs": 1}} for request in requests]
+    batches = engine_process.run(tmp_path, [requests, all_rows], "v1-graphs", compilation_config={"mode": 3})
+    oracle = Oracle(model)
+    for batch in batches:
+        for request, output in zip(requests, batch.outputs, strict=True):
+            oracle.compare(request["prompt"], output)
+        assert batch.metrics["graph_replays"] > batch.metrics["graph_captures"]
+    oracle.check()
+    assert batches[0].metrics["graph_captures"] > 0 and batches[0].metrics["yocou_skipped_rows"] > 0

@@ -1,0 +1,91 @@
+"""Quantized checkpoints through vLLM's linear layers: the served model is the quantized reference, not just near it."""
+
+import json
+
+import pytest
+import torch
+from harness import engine_process, tiny
+from harness.checkout import needs_compiler
+from harness.engines import generate, start, stop
+from harness.quantized import FORMATS
+from safetensors.torch import load_file
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from vllm_yocou.checkpoints.format import verified
+from vllm_yocou.config import YocoUConfig
+
+LONG = [tiny.prompt(length) for length in (36, 37, 90, 333)]
+SHORT = [tiny.prompt(2, seed) for seed in range(16)]
+
+
+def differences(model, prompts, outputs) -> torch.Tensor:
+    """|Δlogprob| of every log probability that was returned for a generated token."""
+    found = []
+    for prompt, output in zip(prompts, outputs, strict=True):
+        (completion,) = output.outputs
+        with torch.inference_mode():
+            rows = model(torch.tensor([[*prompt, *completion.token_ids]])).logits[0].log_softmax(-1)
+        for row, served in zip(rows[len(prompt) - 1 :], completion.logprobs, strict=False):
+            found += [abs(entry.logprob - row[token].item()) for token, entry in served.items()]
+    return torch.tensor(found)
+
+
+def check(model, reference, outputs, exact: bool) -> None:
+    """Against what quantization itself does to the answers.
+
+    Where activations are rounded, a rounding error of float32 now and then tips one over to the next number, and a long
+    prompt has many; where none tips, the served model is exact.
+    """
+    short, long = outputs[: len(SHORT)], outputs[len(SHORT) :]
+    if exact:
+        assert differences(reference, SHORT, short).median() < 1e-5 < 1e-3 < differences(model, SHORT, short).median()
+    assert differences(reference, LONG, long).median() < differences(model, LONG, long).median() / 3
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantized_checkpoints(name, tmp_path):
+    model = tiny.model(tiny.config(qk_norm="all"))
+    reference = FORMATS[name].save(model, tmp_path)
+    llm = start(tmp_path, kv_cache_memory_bytes=64 << 20, dtype=FORMATS[name].dtype)
+    outputs = generate(llm, [*SHORT, *LONG])
+    check(model, reference, outputs, exact=FORMATS[name].dtype == "float32")
+    stop(llm)
+
+
+@needs_compiler
+def test_two_ranks_compiled(tmp_path):
+    """One global KV head, which both ranks hold. Not a format that rounds activations: each rank has its own scales."""
+    model, quantized = tiny.model(tiny.config(intermediate_size=192, cross_num_key_value_heads=1)), FORMATS["gptq"]
+    reference = quantized.save(model, tmp_path)
+    (batch,) = engine_process.run(
+        tmp_path,
+        [[{"prompt": prompt} for prompt in [*SHORT, *LONG]]],
+        **engine_process.TWO_RANKS,
+        dtype=quantized.dtype,
+        compilation_config={"mode": None},
+    )
+    check(model, reference, batch.outputs, exact=False)
+
+
+@pytest.mark.parametrize(
+    "name, part",
+    [("gptq", "k_proj.scales"), ("gptq", "k_proj.qweight"), ("compressed-tensors-w8a8", "k_proj.weight_scale")],
+)
+def test_a_missing_part_of_a_matrix_is_named(name, part, tmp_path):
+    """Without the check, vLLM would leave the keys' part of a fused matrix as it was allocated."""
+    FORMATS[name].save(tiny.model(tiny.config()), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    gone = f"model.self_decoder.layers.1.self_attn.{part}"
+    del tensors[gone]
+    config = YocoUConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"missing: {gone}[.]"):
+        list(verified(tensors.items(), config, quantized=True))
+
+
+def test_a_missing_matrix_is_named(tmp_path):
+    FORMATS["gptq"].save(tiny.model(tiny.config()), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+    with pytest.raises(ValueError, match="missing: model.cross_decoder.layers.2.cross_attn.o_proj.weight, "):
+        start(tmp_path, kv_cache_memory_bytes=64 << 20, dtype="bfloat16")
+    cleanup_dist_env_and_memory()

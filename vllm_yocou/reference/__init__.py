@@ -1,0 +1,15 @@
+"""The reference model: YOCO-U in pure torch for Hugging Face transformers, and the oracle for everything else here.
+
+Importing this package makes `AutoModelForCausalLM` know the architecture (no remote code).
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from vllm_yocou.config import YocoUConfig
+from vllm_yocou.reference.model import YocoUCache, YocoUForCausalLM, YocoUModel, YocoUPreTrainedModel
+
+__all__ = ["YocoUCache", "YocoUForCausalLM", "YocoUModel", "YocoUPreTrainedModel"]
+
+AutoConfig.register(YocoUConfig.model_type, YocoUConfig, exist_ok=True)
+AutoModel.register(YocoUConfig, YocoUModel, exist_ok=True)
+AutoModelForCausalLM.register(YocoUConfig, YocoUForCausalLM, exist_ok=True)

@@ -1,0 +1,335 @@
+"""The reference model: YOCO-U in pure torch for Hugging Face transformers, and the oracle for everything else here.
+
+Importing this module makes `AutoModelForCausalLM` know the architecture (no remote code). It trains (labels, gradient
+checkpointing), generates, and computes in float64 as well as in bfloat16.
+
+Shapes: B sequences, N tokens of this call, D hidden_size, H query and K key/value heads of size d.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerationMixin
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from vllm_yocou.config import YocoUConfig
+from vllm_yocou.reference.feed_forward import MLP, MoE, has_shared_expert_gate
+from vllm_yocou.rope import inverse_frequencies, rotate
+
+
+class WindowCacheLayer(DynamicSlidingWindowLayer):
+    """KV cache of one (iteration, layer): the last W - 1 tokens. transformers' own keeps everything at W = 1."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        keys_BKLd, values_BKLd = super().update(key_states, value_states, *args, **kwargs)
+        if self.sliding_window == 1:
+            self.keys, self.values = self.keys[:, :, :0], self.values[:, :, :0]
+        return keys_BKLd, values_BKLd
+
+
+class YocoUCache(Cache):
+    """T·S window caches, iteration-major (entry t·S + i), and behind them the one global cache (entry T·S)."""
+
+    def __init__(self, config: YocoUConfig):
+        windows = config.num_iterations * config.num_self_decoder_layers
+        super().__init__(layers=[WindowCacheLayer(config.sliding_window) for _ in range(windows)] + [DynamicLayer()])
+
+
+class Attention(nn.Module):
+    """What both decoders' attentions share: the query side, the call of the chosen attention function, the output."""
+
+    is_causal = True
+
+    def __init__(self, config: YocoUConfig, heads: int, kv_heads: int, head_dim: int, qk_norm: bool, rope: bool):
+        super().__init__()
+        self.config = config
+        self.head_dim = head_dim
+        self.num_key_value_groups = heads // kv_heads
+        self.rope = rope
+        self.q_proj = nn.Linear(config.hidden_size, heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(head_dim, config.rms_norm_eps) if qk_norm else None
+
+    def query(self, h_BND: torch.Tensor, rotation) -> torch.Tensor:
+        return heads_of(self.q_proj(h_BND), self.head_dim, self.q_norm, rotation if self.rope else None)
+
+    def attend(self, q_BHNd, k_BKLd, v_BKLd, mask, sliding_window: int | None, **kwargs) -> torch.Tensor:
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        out_BNHd, _ = attend(
+            self, q_BHNd, k_BKLd, v_BKLd, mask, scaling=self.head_dim**-0.5, sliding_window=sliding_window, **kwargs
+        )
+        return self.o_proj(out_BNHd.flatten(-2))
+
+
+class WindowAttention(Attention):
+    """Self-decoder attention: a token sees W keys, itself included, of its own iteration."""
+
+    def __init__(self, config: YocoUConfig, layer: int):
+        H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        super().__init__(config, H, K, d, qk_norm=config.qk_norm != "none", rope=True)
+        self.layer = layer
+        self.k_proj = nn.Linear(config.hidden_size, K * d, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, K * d, bias=False)
+        self.k_norm = nn.RMSNorm(d, config.rms_norm_eps) if config.qk_norm != "none" else None
+
+    def forward(self, h_BND, iteration: int, rotation, mask, cache: YocoUCache | None, **kwargs) -> torch.Tensor:
+        k_BKLd = heads_of(self.k_proj(h_BND), self.head_dim, self.k_norm, rotation)
+        v_BKLd = heads_of(self.v_proj(h_BND), self.head_dim)
+        if cache is not None:
+            slot = iteration * self.config.num_self_decoder_layers + self.layer
+            k_BKLd, v_BKLd = cache.update(k_BKLd, v_BKLd, slot)
+        q_BHNd = self.query(h_BND, rotation)
+        return self.attend(q_BHNd, k_BKLd, v_BKLd, mask, self.config.sliding_window, **kwargs)
+
+
+class CrossAttention(Attention):
+    """Cross-decoder attention: queries of its own over the global keys and values."""
+
+    def __init__(self, config: YocoUConfig):
+        H, K, d = config.cross_num_attention_heads, config.cross_num_key_value_heads, config.cross_head_dim
+        super().__init__(config, H, K, d, qk_norm=config.qk_norm == "all", rope=config.cross_decoder_rope)
+
+    def forward(self, h_BND, k_BKLd, v_BKLd, rotation, mask, **kwargs) -> torch.Tensor:
+        return self.attend(self.query(h_BND, rotation), k_BKLd, v_BKLd, mask, None, **kwargs)
+
+
+class GlobalKV(nn.Module):
+    """The one global KV: g = RMSNorm(x), K = Wk g, V = Wv g, once per token, for every cross layer."""
+
+    def __init__(self, config: YocoUConfig):
+        super().__init__()
+        self.head_dim = config.cross_head_dim
+        self.rope = config.cross_decoder_rope
+        width = config.cross_num_key_value_heads * config.cross_head_dim
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm == "all" else None
+
+    def forward(self, x_BND: torch.Tensor, rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        g_BND = self.norm(x_BND)
+        k_BKNd = heads_of(self.k_proj(g_BND), self.head_dim, self.k_norm, rotation if self.rope else None)
+        return k_BKNd, heads_of(self.v_proj(g_BND), self.head_dim)
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Norms and feed-forward; the subclasses bring `attention`, named as in the checkpoint."""
+
+    def __init__(self, config: YocoUConfig):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoE(config) if config.is_moe else MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x_BND: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        x_BND = x_BND + self.attention(self.input_layernorm(x_BND), *args, **kwargs)
+        return x_BND + self.mlp(self.post_attention_layernorm(x_BND))
+
+
+class SelfDecoderLayer(DecoderLayer):
+    def __init__(self, config: YocoUConfig, layer: int):
+        super().__init__(config)
+        self.self_attn = WindowAttention(config, layer)
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.self_attn
+
+
+class CrossDecoderLayer(DecoderLayer):
+    def __init__(self, config: YocoUConfig):
+        super().__init__(config)
+        self.cross_attn = CrossAttention(config)
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.cross_attn
+
+
+class Decoder(nn.Module):
+    """A stack of layers, so that the checkpoint's names read `self_decoder.layers.0` and `cross_decoder.layers.0`."""
+
+    def __init__(self, layers: list[DecoderLayer]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+
+class YocoUPreTrainedModel(PreTrainedModel):
+    config_class = YocoUConfig
+    config: YocoUConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SelfDecoderLayer", "CrossDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": DecoderLayer}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        if config is None:
+            config, kwargs = YocoUConfig.from_pretrained(
+                pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
+            )
+        if config.leaves_gate_to_weights:
+            config.shared_expert_gate = has_shared_expert_gate(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+
+class YocoUModel(YocoUPreTrainedModel):
+    """Embedding, T times the self-decoder, the global KV, the cross-decoder, the final norm."""
+
+    def __init__(self, config: YocoUConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.self_decoder = Decoder([SelfDecoderLayer(config, i) for i in range(config.num_self_decoder_layers)])
+        self.global_kv = GlobalKV(config)
+        self.cross_decoder = Decoder([CrossDecoderLayer(config) for _ in range(config.num_cross_decoder_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: YocoUCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """input_ids (B, N), attention_mask (B, past + N), position_ids (B, N) -> last_hidden_state (B, N, D)."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds: they are two forms of the same thing.")
+        if past_key_values is not None and not isinstance(past_key_values, YocoUCache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}: YOCO-U keeps one window cache per iteration "
+                "and layer and one global cache, leave it out or pass a YocoUCache."
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = YocoUCache(self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+
+        cfg, cache = self.config, past_key_values
+        x_BND = inputs_embeds * cfg.embedding_multiplier
+        mask_arguments = (cfg, x_BND, attention_mask, cache, position_ids)
+        window_mask = create_sliding_window_causal_mask(*mask_arguments)
+        global_mask = create_causal_mask(*mask_arguments)
+        rotation = self.rotation(position_ids, cfg.head_dim, x_BND)
+        cross_rotation = self.rotation(position_ids, cfg.cross_head_dim, x_BND) if cfg.cross_decoder_rope else None
+
+        for iteration in range(cfg.num_iterations):
+            for layer in self.self_decoder.layers:
+                x_BND = layer(x_BND, iteration, rotation, window_mask, cache, **kwargs)
+        k_BKLd, v_BKLd = self.global_kv(x_BND, cross_rotation)
+        if cache is not None:
+            k_BKLd, v_BKLd = cache.update(k_BKLd, v_BKLd, cfg.num_iterations * cfg.num_self_decoder_layers)
+        for layer in self.cross_decoder.layers:
+            x_BND = layer(x_BND, k_BKLd, v_BKLd, cross_rotation, global_mask, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BND), past_key_values=cache)
+
+    def rotation(self, position_ids: torch.Tensor, head_dim: int, like: torch.Tensor):
+        """cos and sin (B, 1, N, d/2) of RoPE and the layout flag, computed in at least float32."""
+        dtype = at_least_float32(like)
+        frequencies = inverse_frequencies(head_dim, self.config.rope_parameters, dtype, like.device)
+        angles_B1Nr = (position_ids[..., None].to(dtype) * frequencies)[:, None]
+        return angles_B1Nr.cos(), angles_B1Nr.sin(), self.config.rope_interleaved
+
+
+class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: YocoUConfig):
+        super().__init__(config)
+        self.model = YocoUModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # generate() would make one cache per stored layer; the model makes its own on the first forward pass.
+        return False
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: YocoUCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, N or the last `logits_to_keep`, vocab_size), and the next-token loss when labels are given."""
+        training = {key: kwargs.pop(key) for key in ("num_items_in_batch",) if key in kwargs}
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **training)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+def at_least_float32(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def heads_of(x_BNX: torch.Tensor, head_dim: int, norm: nn.Module | None = None, rotation=None) -> torch.Tensor:
+    """Split a projection (B, N, heads · d) into (B, heads, N, d), then norm and rotate it where asked."""
+    x_BHNd = x_BNX.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    if norm is not None:
+        x_BHNd = norm(x_BHNd)
+    return x_BHNd if rotation is None else rotate(x_BHNd, *rotation)
+
+
+def eager_attention(module, q_BHNd, k_BKLd, v_BKLd, mask, scaling: float, **kwargs):
+    """Softmax attention written out, for `attn_implementation="eager"`. mask (B, 1, N, L) is additive."""
+    k_BHLd = repeat_kv(k_BKLd, module.num_key_value_groups)
+    v_BHLd = repeat_kv(v_BKLd, module.num_key_value_groups)
+    scores_BHNL = q_BHNd @ k_BHLd.transpose(-1, -2) * scaling
+    if mask is not None:
+        scores_BHNL = scores_BHNL + mask
+    weights_BHNL = scores_BHNL.to(at_least_float32(q_BHNd)).softmax(-1).to(q_BHNd.dtype)
+    return (weights_BHNL @ v_BHLd).transpose(1, 2), weights_BHNL

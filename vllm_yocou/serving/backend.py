@@ -1,0 +1,166 @@
+"""vLLM's attention kernels over block-outermost KV memory, and with fewer queries than keys where rows skip.
+
+Each of these backends is one of vLLM's own under a name of its own. Two answers change what is computed: the KV layouts
+it asks for, in which the packed caches of a block lie side by side, and, for the global cache, the metadata builder,
+which leaves out the rows that the row selection leaves out.
+"""
+
+from functools import cache
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from vllm_yocou.rows.metrics import RowCounters
+from vllm_yocou.rows.selection import RowSelector, SelectedRows
+
+# vLLM's backends that this plugin builds on, and the KV layouts in which it runs them. The CPU's kernel reads
+# head-major pages and takes the stride between blocks from the tensor; CUDA's take any layout.
+LAYOUTS = {
+    "CPU_ATTN": (KVCacheLayout.BLHNC,),
+    "FLASH_ATTN": (KVCacheLayout.BLNHC, KVCacheLayout.BLHNC),
+    "TRITON_ATTN": (KVCacheLayout.BLNHC, KVCacheLayout.BLHNC),
+}
+
+
+def served_backend(
+    selected: type[AttentionBackend], chosen_by_user: bool, cache_dtype: str = "auto"
+) -> type[AttentionBackend]:
+    """The backend of vLLM's to build on: its own selection, or Triton's where that selection cannot be built on.
+
+    Raises:
+        ValueError: if the user chose one that cannot, or if its kernels do not read caches of this dtype.
+    """
+    base = selected
+    if selected.get_name() not in LAYOUTS:
+        if chosen_by_user:
+            raise ValueError(
+                f"the attention backend {selected.get_name()} cannot be used with YOCO-U: the plugin packs KV caches "
+                f"for {', '.join(LAYOUTS)} only, choose one of these."
+            )
+        base = AttentionBackendEnum.TRITON_ATTN.get_class()
+    # vLLM's CPU platform does not ask: its kernels would read such a cache as something else.
+    if not base.supports_kv_cache_dtype(cache_dtype):
+        raise ValueError(
+            f"--kv-cache-dtype {cache_dtype} cannot be used with the attention backend {base.get_name()}: its kernels "
+            f"read {', '.join(base.supported_kv_cache_dtypes)}, choose one of these."
+        )
+    return base
+
+
+@cache
+def packed_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
+    """`base` over block-outermost KV memory, for the window caches."""
+    name = f"YOCOU_{base.get_name()}"
+    layouts = LAYOUTS[base.get_name()]
+    backend = type(
+        f"Packed{base.__name__}",
+        (base,),
+        {
+            "__module__": __name__,
+            "get_name": staticmethod(lambda: name),
+            "supported_kv_cache_layouts": classmethod(lambda cls: layouts),
+            # Row selection reads the host's query lengths.
+            "supports_device_cpu_query_lens_mismatch": classmethod(lambda cls: False),
+        },
+    )
+    if name not in AttentionBackendEnum.__members__:
+        AttentionBackendEnum.register(name, f"{__name__}.{backend.__name__}")
+        globals()[backend.__name__] = backend  # what the registered path names
+    return backend
+
+
+@cache
+def row_selecting_backend(base: type[AttentionBackend], kernels: bool = False) -> type[AttentionBackend]:
+    """`base` over block-outermost KV memory, for the global cache: its metadata covers the selected rows.
+
+    With `kernels`, its implementation leaves the steps that they are made for to the plugin's kernels.
+    """
+    packed = packed_backend(base)
+    builder = type(f"RowSelecting{packed.get_builder_cls().__name__}", (RowSelecting, packed.get_builder_cls()), {})
+    answers = {"__module__": __name__, "get_builder_cls": staticmethod(lambda: builder)}
+    if kernels:
+        from vllm_yocou.serving.fused_attention import CrossAttentionByKernel  # not before: it wants Triton
+
+        implementation = type(f"{base.__name__}ByKernel", (CrossAttentionByKernel, base.get_impl_cls()), {})
+        answers["get_impl_cls"] = staticmethod(lambda: implementation)
+    return type(f"RowSelecting{base.__name__}", (packed,), answers)
+
+
+def smallest_block(backend: type[AttentionBackend]) -> int:
+    """Tokens of the smallest KV block that the backend's kernels take."""
+    sizes = backend.get_supported_kernel_block_sizes()
+    return min(size.base if isinstance(size, MultipleOf) else size for size in sizes)
+
+
+class RowSelecting:
+    """Mixed into a metadata builder: builds for the selected rows and says which these are.
+
+    The metadata gets two attributes: `selected_rows_M`, (M,) int64 on the device, or None when all rows run, and
+    `most_rows`, how many the request has that has the most of them.
+    """
+
+    def __init__(self, kv_cache_spec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        (name,) = layer_names
+        cache = vllm_config.compilation_config.static_forward_context[name]
+        self.selector = RowSelector(vllm_config, cache.requests)
+        self.counters = RowCounters(vllm_config) if get_tensor_model_parallel_rank() == 0 else None
+        self.capturing = False
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
+        # A graph of a mixed batch would be captured with all rows; those of decodes never leave any out.
+        supported = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        return min(supported, AttentionCGSupport.UNIFORM_BATCH, key=lambda support: support.value)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False):
+        selected = self.selector.select(common_attn_metadata)
+        if selected is not None and len(selected.rows_M):
+            reduced = reduce_metadata(common_attn_metadata, selected)
+        else:
+            reduced = common_attn_metadata  # with no row selected, no layer reads it
+        metadata = super().build(common_prefix_len, reduced, fast_build)
+        metadata.selected_rows_M = None
+        metadata.most_rows = common_attn_metadata.max_query_len
+        if selected is not None:
+            metadata.selected_rows_M = async_tensor_h2d(selected.rows_M, device=self.device)
+            metadata.most_rows = int(selected.queries_R.max())
+        if self.counters is not None and not self.capturing:
+            rows = int(common_attn_metadata.query_start_loc_cpu[-1])
+            self.counters.count(rows, rows if selected is None else len(selected.rows_M))
+        return metadata
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata):
+        self.capturing = True
+        try:
+            return super().build_for_cudagraph_capture(common_attn_metadata)
+        finally:
+            self.capturing = False
+
+
+def reduce_metadata(batch: CommonAttentionMetadata, selected: SelectedRows) -> CommonAttentionMetadata:
+    """The batch as the cross-decoder sees it: same requests and contexts, fewer queries."""
+    queries = selected.queries_R
+    padding = batch.num_reqs - len(queries)
+    start_cpu = torch.from_numpy(np.pad(selected.query_start_loc, (0, padding), mode="edge"))
+    return batch.replace(
+        query_start_loc=async_tensor_h2d(start_cpu, device=batch.query_start_loc.device),
+        query_start_loc_cpu=start_cpu,
+        num_actual_tokens=len(selected.rows_M),
+        # FlashAttention 2 takes a longest query of one for exactly one query a request; here some may have none.
+        max_query_len=max(int(queries.max()), 1 if padding == 0 and queries.all() else 2),
+        positions=None,
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+    )

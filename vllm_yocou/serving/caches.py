@@ -1,0 +1,177 @@
+"""Only two things are cached: T·S windows, one for each (iteration, layer), and one global KV, owned by no layer.
+
+Both are vLLM `Attention` layers, so its runners bind their memory and build their metadata.
+"""
+
+from collections.abc import Callable
+
+import torch
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.attention import unified_attention_with_output, unified_kv_cache_update
+from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.selector import get_attn_backend
+from vllm.v1.kv_cache_interface import KVCacheSpec, get_kv_quant_mode
+
+from vllm_yocou.options import Options
+from vllm_yocou.rows.selection import RequestTable
+from vllm_yocou.serving.backend import packed_backend, row_selecting_backend, served_backend
+from vllm_yocou.serving.packing import GlobalCacheSpec, Packing, WindowCacheSpec
+
+WINDOW_ATTENTION = "vllm::yocou_attend_windows"
+
+
+class CachedAttention(Attention):
+    """What the two caches share: the backend, and a spec of their own instead of vLLM's choice of block size."""
+
+    def __init__(self, vllm_config: VllmConfig, num_heads, head_size, num_kv_heads, window=None, **kwargs):
+        cache_config = vllm_config.cache_config
+        selected = get_attn_backend(
+            head_size, torch.get_default_dtype(), cache_config.cache_dtype, has_sliding_window=window is not None
+        )
+        base = served_backend(selected, vllm_config.attention_config.backend is not None, cache_config.cache_dtype)
+        kernels = Options.of(vllm_config.additional_config).kernels
+        super().__init__(
+            num_heads,
+            head_size,
+            head_size**-0.5,
+            num_kv_heads=num_kv_heads,
+            cache_config=cache_config,
+            per_layer_sliding_window=window,
+            attn_backend=self.backend_over(base, kernels),
+            **kwargs,
+        )
+        # Our kernels read and write what the model computes with.
+        self.by_kernel = kernels and self.kv_cache_torch_dtype == torch.get_default_dtype()
+        self.packing: Packing | None = None
+
+    @staticmethod
+    def backend_over(base: type[AttentionBackend], kernels: bool) -> type[AttentionBackend]:
+        return packed_backend(base)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in this cache, on this rank."""
+        return self.attn_backend.customize_spec(self.spec(block_size=1)).page_size_bytes
+
+    def quantized(self, q_NHd: torch.Tensor) -> torch.Tensor:
+        """Queries (N, heads, d) in the dtype of the cache, where the backend's kernels want them so."""
+        return (
+            q_NHd if self.query_quant is None else self.query_quant(q_NHd.flatten(1), self._q_scale)[0].view_as(q_NHd)
+        )
+
+    def spec(self, block_size: int) -> KVCacheSpec:
+        raise NotImplementedError
+
+    def spec_arguments(self) -> dict:
+        return dict(
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            head_size_v=self.head_size_v,
+            dtype=self.kv_cache_torch_dtype,
+            kv_quant_mode=get_kv_quant_mode(self.kv_cache_dtype),
+        )
+
+
+class WindowAttention(CachedAttention):
+    """Owns the window cache of one (iteration, layer); `attend_windows` writes and reads it.
+
+    The one of the first iteration lists the names of its layer's caches, by iteration, in `iterations`. If it has a
+    `step`, that one takes queries and keys as they are projected, and norms and rotates them as well.
+    """
+
+    iterations: list[str]
+    step: Callable[..., None] | None = None
+
+    def spec(self, block_size: int) -> WindowCacheSpec:
+        return WindowCacheSpec(block_size=block_size, sliding_window=self.sliding_window, **self.spec_arguments())
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> WindowCacheSpec:
+        return self.spec(self.packing.window_block)
+
+
+class GlobalAttention(CachedAttention):
+    """The global KV cache: written once per token by the global-KV module, read by every cross-decoder layer.
+
+    Writing and reading are separate calls of vLLM's own ops. The op that writes declares no mutation, so a compiler may
+    delete or reorder it unless its result is used: `write` returns a token that every `attend` takes.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, *args, **kwargs):
+        super().__init__(vllm_config, *args, **kwargs)
+        self.requests = RequestTable(vllm_config.scheduler_config.max_num_seqs)
+
+    @staticmethod
+    def backend_over(base: type[AttentionBackend], kernels: bool) -> type[AttentionBackend]:
+        return row_selecting_backend(base, kernels)
+
+    def selected_rows(self) -> torch.Tensor | None:
+        """(M,) int64, the rows of this step that `attend` takes, ascending; None if it takes all."""
+        metadata = get_forward_context().attn_metadata
+        if isinstance(metadata, list):  # as vLLM's attention op reads it
+            metadata = metadata[0]
+        return None if metadata is None else metadata[self.layer_name].selected_rows_M
+
+    def spec(self, block_size: int) -> GlobalCacheSpec:
+        return GlobalCacheSpec(block_size=block_size, **self.spec_arguments())
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> GlobalCacheSpec:
+        return self.spec(self.packing.global_block)
+
+    def write(self, k_NX: torch.Tensor, v_NX: torch.Tensor) -> torch.Tensor:
+        """Store keys and values (N, Kc · dc); returns the empty tensor that orders the reads behind it."""
+        k_NKd = k_NX.view(-1, self.num_kv_heads, self.head_size)
+        v_NKd = v_NX.view(-1, self.num_kv_heads, self.head_size_v)
+        return torch.ops.vllm.unified_kv_cache_update(k_NKd, v_NKd, _encode_layer_name(self.layer_name))
+
+    def attend(self, q_MX: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+        """Causal attention of the queries of the selected rows (M, Hc · dc) over the cache, (M, Hc · dc)."""
+        output_MX = torch.empty_like(q_MX)
+        torch.ops.vllm.unified_attention_with_output(
+            self.quantized(q_MX.view(-1, self.num_heads, self.head_size)),
+            None,
+            None,
+            output_MX.view(-1, self.num_heads, self.head_size_v),
+            _encode_layer_name(self.layer_name),
+            kv_cache_dummy_dep=written,
+        )
+        return output_MX
+
+
+def attend_windows(
+    q_NHd: torch.Tensor,
+    k_NKd: torch.Tensor,
+    v_NKd: torch.Tensor,
+    out_NHd: torch.Tensor,
+    iteration: torch.Tensor,
+    layer_name: LayerNameType,
+) -> None:
+    """Write this step's keys and values into the window cache of (iteration, layer) and attend over it, into `out_NHd`.
+
+    One pass through the self-decoder is compiled once and called T times, so which cache it means must be data: a
+    Python integer would be the first iteration's for ever, since vLLM drops the guards that would notice. `iteration`
+    is a scalar on the CPU, read here, outside every graph; `layer_name` is the first iteration's.
+    """
+    layers = get_forward_context().no_compile_layers
+    first = layers[_resolve_layer_name(layer_name)]
+    name = first.iterations[int(iteration)]
+    if first.step is not None:
+        first.step(name, q_NHd, k_NKd, v_NKd, out_NHd)
+        return
+    q_NHd = layers[name].quantized(q_NHd)
+    written = unified_kv_cache_update(k_NKd, v_NKd, name)
+    unified_attention_with_output(q_NHd, k_NKd, v_NKd, out_NHd, name, kv_cache_dummy_dep=written)
+
+
+def attend_windows_fake(q_NHd, k_NKd, v_NKd, out_NHd, iteration, layer_name) -> None:
+    return None
+
+
+direct_register_custom_op(
+    op_name=WINDOW_ATTENTION.removeprefix("vllm::"),
+    op_func=attend_windows,
+    mutates_args=["out_NHd"],
+    fake_impl=attend_windows_fake,
+)

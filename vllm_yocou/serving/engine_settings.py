@@ -1,0 +1,230 @@
+"""Engine settings under which YOCO-U would compute something wrong end here, in one sentence, before a start.
+
+vLLM runs this hook for YOCO-U models only, in the process that parses the command line.
+"""
+
+import logging
+import os
+import sysconfig
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from vllm_yocou.options import Options
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+
+    from vllm_yocou.config import YocoUConfig
+
+SPECULATIVE_METHODS = ("ngram",)
+
+# A window cache holds every token in flight, so tokens a step are memory a request: with T·S = 36 caches of 512 tokens
+# and 32k tokens of context, 49 MiB in decode become 87 at 1024, 339 at 8192, and 1185 (as much as without windows) at
+# 16384 with two steps in flight. Chunks of 1024 prefill as fast as longer ones (benchmarks/).
+CHUNK = 1024
+
+logger = logging.getLogger("vllm.plugins.yocou")
+
+
+class YocoUEngineConfig(VerifyAndUpdateConfig):
+    @staticmethod
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        config = model_config.hf_config
+        if model_config.disable_sliding_window:
+            raise ValueError(
+                "--disable-sliding-window cannot be used with YOCO-U: its self-decoder was trained with a window of a "
+                "fixed size, leave the flag out."
+            )
+        config.check()  # once more: overrides given as a function bypass YocoUConfig.update
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        from vllm.platforms import current_platform
+
+        from vllm_yocou.rows import metrics as row_metrics
+        from vllm_yocou.rows import v1_runner
+
+        _look_at_weights(vllm_config)
+        parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+        _check_shards(vllm_config.model_config.hf_config, parallel)
+        if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+            raise ValueError(
+                "context parallelism cannot be used with YOCO-U: its window caches are not sharded over positions, "
+                "use --tensor-parallel-size."
+            )
+        if speculative is not None and speculative.method not in SPECULATIVE_METHODS:
+            raise ValueError(
+                f"speculative decoding by '{speculative.method}' cannot be used with YOCO-U: no draft model shares its "
+                "packed KV cache, use 'ngram' or leave it out."
+            )
+        if vllm_config.cache_config.kv_sharing_fast_prefill:
+            raise ValueError(
+                "--kv-sharing-fast-prefill cannot be used with YOCO-U: its cross-decoder has no KV-sharing layers in "
+                "vLLM's sense, leave the flag out."
+            )
+        # vLLM's list of expert layers, in the order of their calls, is made for one call a layer and step.
+        vllm_config.compilation_config.fast_moe_cold_start = False
+        if vllm_config.model_config.hf_config.is_moe and current_platform.is_cpu():
+            _check_experts_on_cpu(vllm_config)
+        _check_kernels(vllm_config)
+        _check_compilation(vllm_config)
+        _choose_chunk(vllm_config)
+        row_metrics.expose(vllm_config)
+        model_config = vllm_config.model_config
+        if model_config.runner_type == "generate" and speculative is None and not vllm_config.use_v2_model_runner:
+            # vLLM refuses such classes everywhere else. With one, its V1 runner keeps output tokens for every request.
+            model_config.logits_processors = [*(model_config.logits_processors or ()), v1_runner.NAME]
+        if speculative is not None and not vllm_config.use_v2_model_runner and current_platform.is_cpu():
+            logger.warning(
+                "A request with a seed and temperature above 0 ends vLLM's CPU engine if its prompt takes several "
+                "chunks, and is not refused under speculative decoding: leave the seed out."
+            )
+
+
+def _look_at_weights(vllm_config: "VllmConfig") -> None:
+    """Their files must be whole; and they alone may say whether a shared expert is gated."""
+    from vllm_yocou.checkpoints.format import check_files
+    from vllm_yocou.reference.feed_forward import has_shared_expert_gate
+
+    model_config = vllm_config.model_config
+    # Random weights need no files, and those in object storage lie elsewhere.
+    if vllm_config.load_config.load_format != "dummy" and not model_config.model_weights:
+        check_files(Path(model_config.model))
+    if model_config.hf_config.leaves_gate_to_weights:
+        model_config.hf_config.shared_expert_gate = has_shared_expert_gate(model_config.model)
+
+
+def _check_shards(config: "YocoUConfig", parallel: "ParallelConfig") -> None:
+    """Ranks split heads and feed-forward.
+
+    Experts are split over ranks whole where expert parallelism is on, otherwise each one's width, over data-parallel
+    ranks too.
+    """
+    ranks = parallel.tensor_parallel_size
+    config.check_ranks(ranks)
+    split = {"intermediate_size": ranks}
+    if config.is_moe:
+        split = (
+            {} if parallel.enable_expert_parallel else {"moe_intermediate_size": ranks * parallel.data_parallel_size}
+        )
+    if config.shared_expert_intermediate_size is not None:
+        split["shared_expert_intermediate_size"] = ranks
+    for key, parts in split.items():
+        if getattr(config, key) % parts:
+            raise ValueError(
+                f"{key} {getattr(config, key)} is not divisible by the tensor parallel size {ranks}"
+                f"{f' times the data parallel size {parts // ranks}' if parts > ranks else ''}: choose a size that "
+                "divides it."
+            )
+
+
+def _check_experts_on_cpu(vllm_config: "VllmConfig") -> None:
+    """What vLLM 0.32 does with a mixture of experts on GPUs alone."""
+    parallel = vllm_config.parallel_config
+    if parallel.enable_expert_parallel:
+        raise ValueError(
+            "--enable-expert-parallel cannot be used on a CPU: vLLM's CPU kernels do not pass over tokens of other "
+            "ranks' experts, leave the flag out."
+        )
+    if parallel.data_parallel_size > 1:
+        raise ValueError(
+            "--data-parallel-size cannot be used with a mixture of experts on a CPU: vLLM's ranks share the experts "
+            "and cannot exchange tokens there, start one server for each engine."
+        )
+    if vllm_config.lora_config is not None:
+        raise ValueError(
+            "--enable-lora cannot be used with a mixture of experts on a CPU: vLLM computes experts with adapters in "
+            "Triton, merge the adapter into the weights."
+        )
+
+
+def _check_kernels(vllm_config: "VllmConfig") -> None:
+    """The plugin's own kernels need Triton, and pass by what vLLM wraps around its attention ops."""
+    from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
+    from vllm.triton_utils import HAS_TRITON
+
+    if not Options.of(vllm_config.additional_config).kernels:
+        return
+    reasons = {
+        "on this machine: vLLM finds no GPU that Triton compiles for": not HAS_TRITON,
+        "with KV connectors: these load and save caches around vLLM's attention": vllm_config.kv_transfer_config,
+        "with breakable CUDA graphs: these break at vLLM's attention alone": is_breakable_cudagraph_enabled(),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f'the option "kernels" cannot be used {reason}, leave it out.')
+
+
+def _check_compilation(vllm_config: "VllmConfig") -> None:
+    """vLLM compiles unless told not to, for which torch needs a C++ compiler on a CPU: without one, run eagerly."""
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    compilation = vllm_config.compilation_config
+    if compilation.mode == CompilationMode.STOCK_TORCH_COMPILE:
+        raise ValueError(
+            "compilation mode 1 cannot be used with YOCO-U: it would unroll the loop into one graph, use 3 or leave "
+            "the mode out."
+        )
+    eager = vllm_config.model_config.enforce_eager or compilation.mode == CompilationMode.NONE
+    if eager or not current_platform.is_cpu() or (missing := _missing_compiler()) is None:
+        return
+    if compilation.mode is not None:
+        raise ValueError(
+            f"compilation mode {compilation.mode.value} cannot be used: {missing}, leave the mode out or give torch a "
+            "C++ compiler (install g++ and Python's headers, unset the variable)."
+        )
+    compilation.mode = CompilationMode.NONE
+    logger.info("The model runs eagerly, in about 1.3 times the time of a compiled one: %s.", missing)
+
+
+def _missing_compiler() -> str | None:
+    """What torch's compiler lacks on a CPU, or None."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return "TORCHDYNAMO_DISABLE is set"
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "there is no C++ compiler here"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python's header files are not here"
+    return None
+
+
+def _choose_chunk(vllm_config: "VllmConfig") -> None:
+    """Lower vLLM's default of `max_num_batched_tokens`; a user's own value stays, unless it is that default.
+
+    vLLM has filled in its default by now and does not say so: a value counts as one if it is what vLLM would have
+    chosen. That is announced, together with the option that keeps it.
+    """
+    scheduler = vllm_config.scheduler_config
+    chosen = scheduler.max_num_batched_tokens
+    lowered = max(CHUNK, scheduler.max_num_seqs)
+    keep = not Options.of(vllm_config.additional_config).lower_chunk
+    if keep or not scheduler.enable_chunked_prefill or chosen <= lowered or chosen not in _default_chunks(vllm_config):
+        return
+    scheduler.max_num_batched_tokens = lowered
+    logger.info(
+        "max_num_batched_tokens is %d for YOCO-U instead of vLLM's default %d: its window caches hold every token in "
+        "flight. Other values are kept; so is this one with vllm-yocou's option lower_chunk (README) set to false.",
+        lowered,
+        chosen,
+    )
+
+
+def _default_chunks(vllm_config: "VllmConfig") -> set[int]:
+    """What vLLM makes of an unset `max_num_batched_tokens`, offline and online."""
+    from vllm.config import SchedulerConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    by_usage, _ = EngineArgs.get_batch_defaults(parallel.pipeline_parallel_size * parallel.tensor_parallel_size)
+    factor = 2 if vllm_config.performance_mode == "throughput" else 1
+    longest = scheduler.max_num_seqs * vllm_config.model_config.max_model_len
+    defaults = {*by_usage.values(), SchedulerConfig.DEFAULT_MAX_NUM_BATCHED_TOKENS}
+    return {min(factor * default, longest) for default in defaults}
