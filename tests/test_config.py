@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from transformers import AutoConfig, PreTrainedConfig
 from vllm.config import ModelConfig
+from vllm.config.utils import normalize_value
 from vllm.plugins import load_general_plugins
 
 from vllm_yocou.checkpoints.format import expected_shapes
@@ -172,12 +173,17 @@ def test_a_misspelt_override_is_refused():
         tiny.config().update({"num_iteration": 2})
 
 
+def model_config(folder, overrides: dict) -> ModelConfig:
+    """vLLM's, of the checkpoint in `folder`."""
+    load_general_plugins()
+    return ModelConfig(str(folder), hf_overrides=overrides, skip_tokenizer_init=True)
+
+
 def overridden(how: str, folder, overrides: dict) -> YocoUConfig:
     """Of LLAMA3_ROPE, by each way that there is."""
     tiny.config(rope_parameters=tiny.LLAMA3_ROPE, architectures=["YocoUForCausalLM"]).save_pretrained(folder)
     if how == "vllm":
-        load_general_plugins()
-        return ModelConfig(str(folder), hf_overrides=overrides, skip_tokenizer_init=True).hf_config
+        return model_config(folder, overrides).hf_config
     if how == "from_pretrained":
         return YocoUConfig.from_pretrained(folder, **overrides)
     cfg = YocoUConfig.from_pretrained(folder)
@@ -220,6 +226,21 @@ def test_impossible_overrides_are_refused_on_loading(tmp_path):
     tiny.config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="num_iterations is 0"):
         YocoUConfig.from_pretrained(tmp_path, num_iterations=0)
+
+
+def test_vllm_keys_compiled_code_by_everything_but_the_iterations():
+    keys = [normalize_value(tiny.config(num_iterations=iterations)) for iterations in (1, 3)]
+    assert keys[0] == keys[1] == normalize_value(tiny.config())
+    assert normalize_value(tiny.config(sliding_window=17)) not in keys
+
+
+def test_vllm_hashes_a_checkpoint_alike_with_every_number_of_iterations(tmp_path):
+    tiny.config(architectures=["YocoUForCausalLM"]).save_pretrained(tmp_path)
+    one, three, other = (
+        model_config(tmp_path, change).compute_hash()
+        for change in ({"num_iterations": 1}, {"num_iterations": 3}, {"sliding_window": 17})
+    )
+    assert one == three != other
 
 
 OWN_KEYS = {field.name for field in dataclasses.fields(YocoUConfig)} - {

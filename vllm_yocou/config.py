@@ -6,6 +6,7 @@ KV cache. The checks run on construction, on loading and on every override (`fro
 vLLM's `--hf-overrides`), and each refusal is a ValueError that names the key, its value and the remedy.
 """
 
+import json
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -179,6 +180,17 @@ class YocoUConfig(PreTrainedConfig):
     @property
     def is_moe(self) -> bool:
         return self.num_experts is not None
+
+    def uuid(self) -> str:
+        """This configuration as JSON without num_iterations: what vLLM puts into its key of compiled code.
+
+        One pass through the self-decoder is compiled and called T times, so that one artifact serves every T. Two
+        other things of vLLM take in the same key and cannot tell two T of a checkpoint apart: the `system_fingerprint`
+        of its answers, and the KV-cache size that `VLLM_ENABLE_STARTUP_PLAN` saves.
+        """
+        keys = json.loads(self.to_json_string())
+        del keys["num_iterations"]
+        return json.dumps(keys, sort_keys=True)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
