@@ -1,32 +1,78 @@
-# The two commands of this project, for a machine with Python 3.11, make and no GPU:
-#   make serve    talk to a trained YOCO-U model through vLLM's OpenAI server
-#   make test     prove that it is right
-# and make bench, which prints the README's tables.
+# The commands of this project, for a machine with Python 3.11, make and no GPU:
+#   make serve      talk to a trained YOCO-U model through vLLM's OpenAI server
+#   make check      lint, format, types, links, and the tests that start no engine
+#   make test       prove that it is right: every test that a promise of the README rests on
+#   make test-all   the remaining tests as well
+#   make bench      measure the README's tables
+# For its developers: make format, make constraints.
 
 PYTHON ?= python3.11
 BIN := .venv/bin
-INSTALLED := .venv/installed
+CONSTRAINTS ?= packaging/cpu/constraints.txt
+SERVING := .venv/serving
+TESTING := .venv/testing
+PYTEST := $(BIN)/python -m pytest
+TWO_WORKERS := -n 2 --dist loadgroup
 
 # vLLM compiles small functions on first use, for which torch needs a C++ compiler; without one they run as they are.
 ifeq ($(shell command -v g++),)
 export TORCHDYNAMO_DISABLE := 1
 endif
 
-.PHONY: serve test bench
-serve: $(INSTALLED)
+.PHONY: serve check lint unit test test-all bench format constraints
+serve: $(SERVING)
 	$(BIN)/python examples/inference/serve.py $(ARGS)
 
-test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+# The types take as long as the tests, and each takes one core.
+check: $(TESTING)
+	$(MAKE) --jobs 2 lint unit
 
-bench: $(INSTALLED)
+lint: $(TESTING)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files
+
+unit: $(TESTING)
+	$(PYTEST) -m "not engine and not slow" $(ARGS)
+
+# A process interprets Triton or runs engines, never both. The second part runs also when the first has failed.
+test: $(TESTING)
+	status=0; \
+	$(PYTEST) -m "not slow" $(TWO_WORKERS) $(ARGS) || status=1; \
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/kernels || status=1; \
+	exit $$status
+
+test-all: $(TESTING)
+	status=0; \
+	$(PYTEST) $(TWO_WORKERS) $(ARGS) || status=1; \
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels || status=1; \
+	exit $$status
+
+bench: $(TESTING)
 	$(BIN)/python -m benchmarks $(ARGS)
 
+format: $(TESTING)
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+constraints: $(TESTING)
+	$(BIN)/pip freeze --exclude-editable --exclude vllm > packaging/cpu/constraints.txt
+
 # ./packaging/cpu gives vLLM's CPU build the name that vLLM and lm-eval look for. The three packages that are removed
-# come as CUDA builds beside a CPU torch, which breaks `import vllm`; no text model needs them.
-$(INSTALLED): pyproject.toml setup.py packaging/cpu/pyproject.toml
+# come as CUDA builds next to a CPU torch, which breaks `import vllm`; no text model needs them.
+define install
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install ./packaging/cpu --editable '.[cpu,test]'
+	$(BIN)/pip install --constraint $(CONSTRAINTS) ./packaging/cpu --editable '.[$(EXTRAS)]'
 	$(BIN)/pip uninstall --yes torchvision torchaudio torchcodec
-	touch $@
+	touch $(INSTALLED)
+endef
+
+DECLARED := pyproject.toml setup.py packaging/cpu/pyproject.toml $(CONSTRAINTS)
+
+$(SERVING): EXTRAS := cpu
+$(SERVING): INSTALLED := $(SERVING)
+$(SERVING): $(DECLARED)
+	$(install)
+
+$(TESTING): EXTRAS := cpu,dev
+$(TESTING): INSTALLED := $(SERVING) $(TESTING)
+$(TESTING): $(DECLARED)
+	$(install)
