@@ -1,37 +1,98 @@
-"""The tables and pictures of the README, each in a process of its own.
-
-python -m benchmarks                          all that need no arguments
-python -m benchmarks prefill peers            some of them
-python -m benchmarks t_sweep --corpus kjv     one with arguments, which --help lists
-python -m benchmarks --paper                  those of the paper's 1.3B shape, on a GPU
-"""
+"""Measure tables, and render the READMEs from what was measured."""
 
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import takewhile
+from typing import Annotated
 
-TABLES = ("kv_layout", "scheduling", "prefill", "chunk_size", "compilation", "start_up", "peers", "reference_model")
-TABLES += ("serving", "evaluation", "soak", "kernels")
-WITH_ARGUMENTS = ("t_sweep", "upcycling", "healing")
-OF_PAPER = ("peers",)
+import typer
+
+from benchmarks import console, render
+from benchmarks.registry import GROUPS, TABLES
+from benchmarks.results import ROOT
+from benchmarks.tables.table import Table
+
+HELP = """Measure tables, each in a process of its own, and render the READMEs from what was measured.
+
+A table goes to standard output and, with the value of every run, to benchmarks/results/MACHINE/TABLE.json. Times are of
+two cores, on which nothing else may run where time is measured.
+
+- `python -m benchmarks`: every table that needs no arguments and no GPU
+
+- `python -m benchmarks prefill peers`: some of them
+
+- `python -m benchmarks t_sweep --corpus kjv`: one with arguments, which `t_sweep --help` lists
+
+- `python -m benchmarks --paper`: those of the paper's 1.3B shape, on a GPU
+
+- `python -m benchmarks render`: the READMEs' tables and pictures, from the results
+"""
+OF_PAPER = ["peers_paper"]
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+app = typer.Typer(add_completion=False, help=HELP, rich_markup_mode="markdown")
 
 
-def main(words: list[str]) -> None:
-    known = TABLES + WITH_ARGUMENTS
-    chosen = tuple(takewhile(known.__contains__, words))
-    arguments = words[len(chosen) :]
-    if not chosen and arguments == ["--paper"]:
-        chosen = OF_PAPER
-    elif arguments and len(chosen) != 1:
-        sys.exit(f"{arguments[0]}: no table, choose from {', '.join(known)}; one at a time where it has arguments.")
-    failed = [
-        table
-        for table in chosen or TABLES
-        if subprocess.run([sys.executable, "-m", f"benchmarks.{table}", *arguments]).returncode
-    ]
+def measure(words: list[str]) -> None:
+    """Names of tables; after a single one, its arguments."""
+    names = list(takewhile(TABLES.__contains__, words))
+    arguments = words[len(names) :]
+    if arguments and len(names) != 1:
+        known = ", ".join(TABLES)
+        sys.exit(f"{arguments[0]}: not a table: choose from {known}, one at a time where it has arguments.")
+    if "--help" in arguments:
+        sys.exit(subprocess.run([sys.executable, "-m", *TABLES[names[0]].command, *arguments]).returncode)
+    failed = []
+    for name in names:
+        table = TABLES[name]
+        console.progress(f"{name}: {table.about} ({table.takes})")
+        if not console.run(name, [*table.command, *arguments]):
+            failed.append(name)
     if failed:
-        sys.exit(f"no table from {', '.join(failed)}: see above.")
+        sys.exit(f"failed: {', '.join(failed)}.")
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    paper: Annotated[bool, typer.Option("--paper", help="The tables of the paper's 1.3B shape, on a GPU.")] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        measure(OF_PAPER if paper else [name for name, table in TABLES.items() if table.by_default])
+
+
+def help_of(table: Table) -> str:
+    return f"{table.about}. Needs: {table.needs}. Time: {table.takes}."
+
+
+def command_of(name: str) -> Callable[[typer.Context], None]:
+    def run(context: typer.Context) -> None:
+        measure([name, *context.args])
+
+    return run
+
+
+for group, tables in GROUPS.items():
+    for table in tables:
+        text = help_of(table)
+        register = app.command(table.name, help=text, context_settings=PASSED_ON, rich_help_panel=group)
+        register(command_of(table.name))
+
+
+@app.command("render", rich_help_panel="Results")
+def write(
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail where something differs.")] = False,
+) -> None:
+    """Rewrite the blocks between result markers in the READMEs, and the pictures. Needs no model; takes seconds."""
+    if check:
+        wrong = render.mistakes()
+        if wrong:
+            sys.exit("\n".join([*wrong, "`python -m benchmarks render` writes what benchmarks/results say."]))
+        return
+    for path in render.write():
+        print(path.relative_to(ROOT))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    app()

@@ -1,12 +1,12 @@
 """What `max_num_batched_tokens` costs: KV cache that one request holds while its prompt is computed, and time."""
 
 from benchmarks.engine import block_bytes, config, core, start  # isort: skip
-import statistics
 import time
 
 from vllm import SamplingParams
 
-from benchmarks.table import print_table
+from benchmarks.console import progress, publish
+from benchmarks.results import Result
 
 CHUNKS = (256, 512, 1024, 2048, 4096, 8192)
 TOKENS, ROUNDS = 8192, 2
@@ -45,20 +45,21 @@ class Prompt:
         return seconds, (free - least) * self.block_bytes / 2**20
 
 
-def main() -> None:
+def measure() -> Result:
     prompt = Prompt()
-    prompt.measure(512)
-    measured = {chunk: [] for chunk in CHUNKS}
-    for _ in range(ROUNDS):
+    prompt.measure(min(CHUNKS))
+    measured: dict[int, list[tuple[float, float]]] = {chunk: [] for chunk in CHUNKS}
+    for number in range(ROUNDS):
         for chunk in CHUNKS:
+            progress(f"chunks of {chunk}, round {number + 1} of {ROUNDS}")
             measured[chunk].append(prompt.measure(chunk))
-    seconds = {chunk: statistics.median(s for s, _ in measured[chunk]) for chunk in CHUNKS}
-    whole = seconds[max(CHUNKS)]
-    rows = [[c, f"{measured[c][0][1]:.1f} MiB", f"{seconds[c]:.2f} s", f"{whole / seconds[c]:.2f}x"] for c in CHUNKS]
-    note = f"{SHAPE} shape, float32, a prompt of {TOKENS} tokens, medians of {ROUNDS} rounds in turn."
-    header = ["tokens a step", "KV cache held at most", "prefill", f"speed against {max(CHUNKS)}"]
-    print_table("Chunk size", note, header, rows)
+    result = Result.here("chunk_size", shape=SHAPE, dtype="float32", tokens=TOKENS, rounds=ROUNDS)
+    for chunk, runs in measured.items():
+        seconds, held = zip(*runs, strict=True)
+        result.add("prefill", "s", seconds, chunk=chunk)
+        result.add("KV cache held at most", "MiB", held, chunk=chunk)
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    publish(measure())

@@ -1,7 +1,6 @@
 """Eager, with the loop compiled unrolled, and with one pass compiled once: decode, where its time goes, and prefill."""
 
 from benchmarks.engine import Stopwatch, config, decoding, prompt_s, runner, start  # isort: skip
-import statistics
 import time
 from contextlib import ExitStack
 from unittest.mock import patch
@@ -9,16 +8,19 @@ from unittest.mock import patch
 import torch
 from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile
+from vllm import LLM
 
-from benchmarks.table import print_table
+from benchmarks.console import progress, publish
+from benchmarks.results import Result
 from vllm_yocou.serving import model
 from vllm_yocou.serving.compilation import compiled_unit
 from vllm_yocou.serving.model import Decoder, SelfDecoderLayer
 
 BATCHES = (1, 8)
 ROUNDS, STEPS, PROFILED = 12, 10, 4
-PROMPT, PROMPTS = 2048, 5
+PROMPT, PROMPTS, CONTEXT = 2048, 5, 600
 SHAPE = "57M"
+NAMES = {"eager": "eager", "unrolled": "compiled unrolled", "once": "compiled once"}
 
 
 @compiled_unit(positions_N=0, x_ND=0)
@@ -58,7 +60,7 @@ def kind(name: str) -> str | None:
     if "cpu_attention" in name or "cpu_attn" in name or "flash" in name:
         return "attention"
     # Inductor names a fused kernel after all it feeds: `..._onednn_mm_...` there is not the product.
-    return "products" if name in ("_C::onednn_mm", "aten::mm", "aten::addmm", "aten::linear") else "other"
+    return "products" if name in ("_C::onednn_mm", "aten::mm", "aten::addmm", "aten::linear") else "other native"
 
 
 def native_ms(llm) -> dict[str, float]:
@@ -66,7 +68,7 @@ def native_ms(llm) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(PROFILED):
             llm.llm_engine.step()
-    spent = dict.fromkeys(("products", "attention", "other"), 0.0)
+    spent = dict.fromkeys(("products", "attention", "other native"), 0.0)
     for event in profiled.events():
         if (what := kind(event.name)) is not None:
             spent[what] += event.self_cpu_time_total / 1e3 / PROFILED
@@ -89,62 +91,48 @@ class Clock:
         return step_s * 1e3, (step_s - self.inside.s) * 1e3
 
 
-def decode(engines: dict) -> None:
+def decode(engines: dict[str, LLM], result: Result) -> None:
     clocks = {way: Clock(llm) for way, llm in engines.items()}
-    rows = []
     for batch in BATCHES:
-        steps, native = ({way: [] for way in engines} for _ in range(2))
+        steps: dict[str, list[tuple[float, float]]] = {way: [] for way in engines}
+        native: dict[str, list[dict[str, float]]] = {way: [] for way in engines}
         with ExitStack() as stack:
             for llm in engines.values():
-                stack.enter_context(decoding(llm, batch))
-            for _ in range(ROUNDS):
+                stack.enter_context(decoding(llm, batch, CONTEXT))
+            for number in range(ROUNDS):
+                progress(f"decode, batch {batch}, round {number + 1} of {ROUNDS}")
                 for way, llm in engines.items():
                     steps[way] += [clocks[way].step_ms(llm) for _ in range(STEPS)]
                     native[way].append(native_ms(llm))
-        medians = {way: [statistics.median(part) for part in zip(*times, strict=True)] for way, times in steps.items()}
-        for way, (step, around) in medians.items():
-            parts = {part: statistics.median(spent[part] for spent in native[way]) for part in native[way][0]}
-            rest = step - sum(parts.values())
-            rows.append(
-                [
-                    batch,
-                    way,
-                    f"{step:.1f} ms",
-                    f"{medians['eager'][0] / step:.2f}x",
-                    *(f"{ms:.1f} ms" for ms in parts.values()),
-                    f"{rest:.1f} ms, {rest / step:.0%}",
-                    f"{around:.1f} ms, {around / step:.0%}",
-                ]
-            )
-    header = ["batch", "self-decoder", "step", "eager / this", "products", "attention", "other native"]
-    header += ["Python and dispatch", "around the model"]
-    note = (
-        f"{SHAPE} shape, float32, T = 3, contexts of 600 tokens. A step is a call of vLLM's engine; medians of "
-        f"{ROUNDS * STEPS} steps in turn. Native time is the operations' own time in steps under torch's profiler "
-        "between them (recording makes it look a little longer); Python and dispatch is the rest of a step without it. "
-        "Around the model: the part of a step, "
-        "native or not, in which vLLM schedules, prepares inputs and samples."
-    )
-    print_table("Decode", note, header, rows)
+        for way in engines:
+            of = dict(batch=batch, way=NAMES[way])
+            whole, around = zip(*steps[way], strict=True)
+            result.add("step", "ms", whole, **of)
+            result.add("around the model", "ms", around, **of)
+            for part in native[way][0]:
+                result.add(part, "ms", [spent[part] for spent in native[way]], **of)
 
 
-def prefill(engines: dict) -> None:
-    times = {way: [] for way in engines}
-    for _ in range(PROMPTS):
+def prefill(engines: dict[str, LLM], result: Result) -> None:
+    """Prompts one at a time."""
+    times: dict[str, list[float]] = {way: [] for way in engines}
+    for number in range(PROMPTS):
+        progress(f"prompts, round {number + 1} of {PROMPTS}")
         for way, llm in engines.items():
             times[way].append(prompt_s(llm, PROMPT))
-    medians = {way: statistics.median(seconds) for way, seconds in times.items()}
-    rows = [[way, f"{s:.2f} s", f"{medians['eager'] / s:.2f}x"] for way, s in medians.items()]
-    note = f"The same engines: prompts of {PROMPT} tokens, one at a time, medians of {PROMPTS} in turn."
-    print_table("Prefill", note, ["self-decoder", "prompt", "eager / this"], rows)
+    for way, seconds in times.items():
+        result.add("prompt", "s", seconds, way=NAMES[way])
 
 
-def main() -> None:
+def measure() -> Result:
     inductor.cpp.enable_kernel_profile = True  # names Inductor's kernels in a profile; costs nothing without one
-    engines = {way: engine(way) for way in ("eager", "unrolled", "once")}
-    prefill(engines)
-    decode(engines)
+    sizes = dict(shape=SHAPE, dtype="float32", iterations=config(SHAPE).num_iterations, context=CONTEXT)
+    result = Result.here("compilation", **sizes, steps=ROUNDS * STEPS, prompt=PROMPT, prompts=PROMPTS)
+    engines = {way: engine(way) for way in NAMES}
+    prefill(engines, result)
+    decode(engines, result)
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    publish(measure())

@@ -4,7 +4,9 @@ import gc
 import os
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 # Before torch and vLLM are imported.
@@ -13,15 +15,16 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 os.environ["HF_HUB_OFFLINE"] = os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
-import torch  # noqa: E402
-from transformers import PretrainedConfig  # noqa: E402
-from vllm import LLM, SamplingParams  # noqa: E402
-from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+import torch
+from transformers import PretrainedConfig
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.inputs import TokensPrompt
 
-from vllm_yocou.config import YocoUConfig  # noqa: E402
+from vllm_yocou.config import YocoUConfig
 
 # (S, C, T) and sizes; vocabulary and, where a table has nothing to do with it, the width are small.
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "paper 1.3B": dict(
         num_self_decoder_layers=10,
         num_hidden_layers=20,
@@ -69,22 +72,22 @@ SHAPES = {
 }
 
 # Engines that are compared share a GPU; how much of it the KV cache takes is said by itself. A CPU has no such share.
-SHARE = dict(gpu_memory_utilization=0.15)
+SHARE: dict[str, Any] = dict(gpu_memory_utilization=0.15)
 
 # Plugin options. A global block as small as a window block has room for one window cache.
-LAYOUTS = {"naive": {"max_global_block": 1}, "packed": {}}
+LAYOUTS: dict[str, dict[str, Any]] = {"naive": {"max_global_block": 1}, "packed": {}}
 
 
-def config(shape: str, **changed) -> YocoUConfig:
-    sizes = dict(vocab_size=8192, max_position_embeddings=1 << 19, architectures=["YocoUForCausalLM"])
+def config(shape: str, **changed: Any) -> YocoUConfig:
+    sizes: dict[str, Any] = dict(vocab_size=8192, max_position_embeddings=1 << 19, architectures=["YocoUForCausalLM"])
     return YocoUConfig(**sizes | SHAPES[shape] | changed)
 
 
-def start(cfg: PretrainedConfig, folder: str | None = None, **settings) -> LLM:
+def start(cfg: PretrainedConfig, folder: str | None = None, **settings: Any) -> LLM:
     folder = folder or tempfile.mkdtemp(prefix="yocou-bench-")
     cfg.save_pretrained(folder)
-    defaults = dict(skip_tokenizer_init=True, load_format="dummy", dtype="float32", enable_prefix_caching=False)
-    defaults |= SHARE
+    defaults: dict[str, Any] = dict(skip_tokenizer_init=True, load_format="dummy", dtype="float32")
+    defaults |= dict(enable_prefix_caching=False) | SHARE
     return LLM(folder, **defaults | settings)
 
 
@@ -94,15 +97,16 @@ def stop(llm: LLM) -> None:
     cleanup_dist_env_and_memory()
 
 
-def core(llm: LLM):
-    return llm.llm_engine.engine_core.engine_core
+def core(llm: LLM) -> Any:
+    """vLLM's EngineCore, which is in this process."""
+    return getattr(llm.llm_engine.engine_core, "engine_core")  # noqa: B009  # only the client of this process has it
 
 
 def prompt_s(llm: LLM, tokens: int) -> float:
     """Seconds to the first token of one request of so many tokens."""
     parameters = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
     start_s = time.perf_counter()
-    llm.generate([{"prompt_token_ids": [5] * tokens}], parameters, use_tqdm=False)
+    llm.generate([TokensPrompt(prompt_token_ids=[5] * tokens)], parameters, use_tqdm=False)
     return time.perf_counter() - start_s
 
 
@@ -113,25 +117,26 @@ def steps_of_prompts(llm: LLM, batch: int, context: int) -> int:
 
 
 @contextmanager
-def decoding(llm: LLM, batch: int, context: int = 600, room: int = 3000):
+def decoding(llm: LLM, batch: int, context: int = 600, room: int = 3000) -> Iterator[None]:
     """`batch` requests of `context` tokens each, all of them in decode, with `room` for more steps.
 
     Their prompts are scheduled and not computed: a decode step takes as long over any numbers. The cache is written
-    once, since a page of memory that nobody wrote is the same page of zeros everywhere, which a core keeps at hand.
+    once, since a page of memory that nobody wrote is the same page of zeros everywhere, which stays in a core's cache.
     """
     model_runner = runner(llm)
     model, hidden_size = model_runner.model, llm.model_config.get_hidden_size()
     for cache in model_runner.kv_caches:
         cache.fill_(1)
 
-    def instead(input_ids=None, positions=None, **kwargs) -> torch.Tensor:
-        return torch.zeros(len(positions), hidden_size, dtype=llm.model_config.dtype, device=positions.device)
+    def instead(*, positions: torch.Tensor, **_: Any) -> torch.Tensor:
+        """(N, D) instead of the model's, for positions (N,)."""
+        return torch.zeros(len(positions), hidden_size, dtype=model_runner.dtype, device=positions.device)
 
     # The first one decodes while the others' prompts are still on their way.
     room += steps_of_prompts(llm, batch, context)
     parameters = SamplingParams(temperature=0, max_tokens=room, ignore_eos=True, detokenize=False)
     for i in range(batch):
-        llm.llm_engine.add_request(str(i), {"prompt_token_ids": [1] * context}, parameters)
+        llm.llm_engine.add_request(str(i), TokensPrompt(prompt_token_ids=[1] * context), parameters)
     running = core(llm).scheduler.running
     with patch.object(model, "forward", instead):
         while len(running) < batch or not all(request.num_output_tokens for request in running):
@@ -162,11 +167,11 @@ def block_bytes(llm: LLM) -> int:
 class Stopwatch:
     """Seconds spent in the functions that it wraps."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.s = 0.0
 
-    def timed(self, function):
-        def call(*args, **kwargs):
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             start_s = time.perf_counter()
             result = function(*args, **kwargs)
             self.s += time.perf_counter() - start_s
@@ -175,5 +180,6 @@ class Stopwatch:
         return call
 
 
-def runner(llm: LLM):
+def runner(llm: LLM) -> Any:
+    """vLLM's model runner, which is in this process."""
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner

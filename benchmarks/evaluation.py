@@ -13,8 +13,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.console import progress, publish
+from benchmarks.results import Result
 from benchmarks.server import user_environment
-from benchmarks.table import print_table
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "examples" / "yoco-u-kjv"
@@ -75,41 +76,51 @@ def evaluate(model: Path, by: str, tasks: tuple[str, ...], limit: int, environme
     return Evaluated(metrics, answers)
 
 
-def alike(one: Answers, other: Answers) -> str:
-    """How far log-likelihoods are apart, or how many texts are the same."""
+def compare(one: Answers, other: Answers) -> dict[str, tuple[str, float]]:
+    """Unit and value by name: how far log-likelihoods are apart, or how many texts there are and how many are alike."""
     pairs = [pair for answers in zip(one, other, strict=True) for pair in zip(*answers, strict=True)]
     if isinstance(pairs[0][0], float):
-        return f"log-likelihoods within {max(abs(first - second) for first, second in pairs):.1e}"
-    return f"{sum(first == second for first, second in pairs)} of {len(pairs)} texts the same"
+        return {"largest difference": ("nats", max(abs(first - second) for first, second in pairs))}
+    return {"texts": ("texts", len(pairs)), "texts alike": ("texts", sum(first == second for first, second in pairs))}
+
+
+def add(result: Result, model: str, sides: dict[str, Evaluated]) -> None:
+    """Scores and answers of a model by two ways, task by task."""
+    (first, one), (second, other) = sides.items()
+    for task, metrics in one.metrics.items():
+        for name, (unit, value) in compare(one.answers[task], other.answers[task]).items():
+            result.add(name, unit, value, model=model, task=task)
+        for metric, score in metrics.items():
+            for by, found in ((first, score), (second, other.metrics[task][metric])):
+                result.add("score", "", found, model=model, task=task, metric=metric, by=by)
+
+
+def measure(limit: int, llama: Path | None) -> Result:
+    result = Result.here("evaluation", dtype="float32", limit=limit, ruler_tokens=RULER_TOKENS)
+    tasks = OWN + COMMON + RULER
+    sides = {}
+    for by in ("hf", "vllm"):
+        progress(f"{TRAINED.name} by {by}")
+        sides[by] = evaluate(TRAINED, by, tasks, limit)
+    add(result, TRAINED.name, sides)
+    if llama:
+        # Of RULER what a model of this size answers at all.
+        tasks = COMMON + RULER[:1]
+        sides = {}
+        for by, environment in (("vllm, no plugins", {"VLLM_PLUGINS": ""}), ("vllm", {})):
+            progress(f"{llama.name} by {by}")
+            sides[by] = evaluate(llama, "vllm", tasks, limit, environment)
+        add(result, llama.name, sides)
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llama", type=Path, help="a Llama's folder, to run beside")
+    parser.add_argument("--llama", type=Path, help="a Llama's folder, to run too")
     parser.add_argument("--limit", type=int, default=100, help="items of each task")
     arguments = parser.parse_args()
     subprocess.run([sys.executable, "examples/evaluation/fetch.py"], cwd=ROOT, check=True)
-    limit = arguments.limit
-    tasks = OWN + COMMON + RULER
-    sides = {TRAINED: {by: evaluate(TRAINED, by, tasks, limit) for by in ("hf", "vllm")}}
-    if arguments.llama:
-        # Of RULER what a model of this size answers at all.
-        tasks = COMMON + RULER[:1]
-        sides[arguments.llama] = {
-            "vllm, no plugins": evaluate(arguments.llama, "vllm", tasks, limit, {"VLLM_PLUGINS": ""}),
-            "vllm": evaluate(arguments.llama, "vllm", tasks, limit),
-        }
-    rows = []
-    for model, (first, second) in ((model, side.items()) for model, side in sides.items()):
-        for task, metrics in first[1].metrics.items():
-            answers = alike(first[1].answers[task], second[1].answers[task])
-            for metric, expected in metrics.items():
-                got = second[1].metrics[task][metric]
-                rows.append(
-                    [model.name, task, metric, f"{first[0]}: {expected:.4f}", f"{second[0]}: {got:.4f}", answers]
-                )
-    note = f"float32, the first {limit} items of each task, RULER at {RULER_TOKENS} tokens."
-    print_table("lm-eval", note, ["model", "task", "metric", "one way", "the other", "answers"], rows)
+    publish(measure(arguments.limit, arguments.llama))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The plugin's Triton kernels beside what they would replace: time, share of a measured device copy, ratios.
+"""The plugin's Triton kernels compared with what they would replace: time, share of a measured device copy, ratios.
 
 Shapes: the paper's (20 query and 4 KV heads of 128, W 512), bfloat16; a decode step of N requests. A graph launches a
 contestant on one set of tensors after another, more than a GPU's second-level cache holds: a step walks all its caches.
 """
 
 import importlib.util
-import statistics
+import sys
 from collections.abc import Callable
 
 from benchmarks.engine import SHAPES
@@ -17,7 +17,8 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
 from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
-from benchmarks.table import print_table
+from benchmarks.console import progress, publish
+from benchmarks.results import Result
 from vllm_yocou.kernels.arguments import Batch, Rotation
 from vllm_yocou.kernels.cross_attention import cross_attention
 from vllm_yocou.kernels.global_write import global_write
@@ -179,7 +180,7 @@ def window_steps(requests: int, context: int, dtype: torch.dtype) -> Contestants
 
 def global_writes(requests: int, context: int, dtype: torch.dtype) -> Contestants:
     """By name, what norms, rotates and writes the global KV of a step: the keys' cache (B, S, K, d)."""
-    keys, values, batch, slots_N = decodes(requests, context, GLOBAL_BLOCK, 1, dtype)
+    keys, values, _, slots_N = decodes(requests, context, GLOBAL_BLOCK, 1, dtype)
     k_NKd, v_NKd = torch.randn(2, requests, K, d, dtype=dtype)
     # A cache for each, so that nobody finds what the other wrote.
     their_keys, their_values = torch.cat([keys, values], dim=-1).chunk(2, dim=-1)
@@ -201,8 +202,8 @@ def global_writes(requests: int, context: int, dtype: torch.dtype) -> Contestant
     return {"ours": ours, "vLLM's norm and RoPE, write": theirs}
 
 
-def times_ms(made: list[Contestants]) -> dict[str, float]:
-    """Median of rounds in turn, of one call among those on every one of `made`, in a CUDA graph as a decode step is."""
+def times_us(made: list[Contestants]) -> dict[str, list[float]]:
+    """Of interleaved rounds, one call among those on every one of `made`, in a CUDA graph as a decode step is."""
 
     def each(name: str) -> Callable[[], None]:
         calls = [contestants[name] for contestants in made]
@@ -213,49 +214,46 @@ def times_ms(made: list[Contestants]) -> dict[str, float]:
 
         return call
 
-    rounds = [
-        {name: triton.testing.do_bench_cudagraph(each(name), return_mode="median") / len(made) for name in made[0]}
-        for _ in range(ROUNDS)
-    ]
-    return {name: statistics.median(times[name] for times in rounds) for name in made[0]}
+    taken: dict[str, list[float]] = {name: [] for name in made[0]}
+    for _ in range(ROUNDS):
+        for name, runs in taken.items():
+            graph_ms = triton.testing.do_bench_cudagraph(each(name), return_mode="median")
+            runs.append(graph_ms * 1e3 / len(made))
+    return taken
 
 
-def rows_of(kind: Callable[..., Contestants], contexts: tuple[int, ...], seen: int | None) -> list[list]:
-    """`seen` tokens of a context are read or written, or None for all."""
+def compare(
+    result: Result, kernel: str, kind: Callable[..., Contestants], contexts: tuple[int, ...], seen: int | None
+) -> None:
+    """Add the times of a kind's contestants; `seen` tokens of a context are read or written, or None for all."""
     source = torch.empty(COPIED_BYTES, dtype=torch.uint8)
     target = torch.empty_like(source)
-    rows = []
     for requests in BATCHES:
         for context in contexts:
             held, moved = (requests * tokens * K * 2 * d * 2 for tokens in (context, min(context, seen or context)))
             if held > POOL_BYTES:
                 continue
+            progress(f"{kernel}, {requests} requests, {context} tokens")
+            point = dict(kernel=kernel, requests=requests, context=context)
             sets = max(1, min(COLD_BYTES // moved, MOST_SETS, POOL_BYTES // held))
             made = [kind(requests, context, torch.bfloat16) for _ in range(sets)]
-            times = times_ms(made)
-            copy_bytes_per_ms = 2 * COPIED_BYTES / times_ms([{"copy": lambda: target.copy_(source)}])["copy"]
-            for name, ms in times.items():
-                share = moved / ms / copy_bytes_per_ms
-                rows.append(
-                    [requests, context, name, f"{ms * 1e3:.1f} us", f"{share:.0%}", f"{ms / times['ours']:.2f}x"]
-                )
-    return rows
+            for name, runs in times_us(made).items():
+                result.add("call", "us", runs, **point, by=name)
+            copies = times_us([{"copy": lambda: target.copy_(source)}])["copy"]
+            result.add("bytes", "bytes", moved, **point)
+            result.add("copy", "bytes/us", [2 * COPIED_BYTES / us for us in copies], **point)
 
 
-def main() -> None:
+def measure() -> Result:
     if not torch.cuda.is_available():
-        print("The table of the kernels needs a GPU: what Triton's interpreter takes on a CPU says nothing of them.")
-        return
+        sys.exit("kernels needs a GPU: what Triton's interpreter takes on a CPU says nothing of them.")
     torch.set_default_device("cuda")
-    header = ["requests", "context", "by", "time", "bandwidth / copy's", "this / ours"]
-    shape = f"{H} query and {K} KV heads of {d}, bfloat16, in a CUDA graph, medians of {ROUNDS} rounds in turn."
-    note = f"A decode step's attention of one cross-decoder layer over the global cache. {shape}"
-    print_table("Cross attention", note, header, rows_of(cross_attentions, CONTEXTS, None))
-    note = f"Norm, rotation, cache write and attention over a window of {W}, of one (iteration, layer). {shape}"
-    print_table("Window step", note, header, rows_of(window_steps, (1 << 10,), W))
-    note = f"Norm, rotation and write of a step's keys and values into the global cache. {shape}"
-    print_table("Global write", note, header, rows_of(global_writes, (1 << 10,), 1))
+    result = Result.here("kernels", heads=H, kv_heads=K, head_dim=d, window=W, dtype="bfloat16", rounds=ROUNDS)
+    compare(result, "cross attention", cross_attentions, CONTEXTS, None)
+    compare(result, "window step", window_steps, (1 << 10,), W)
+    compare(result, "global write", global_writes, (1 << 10,), 1)
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    publish(measure())

@@ -1,18 +1,22 @@
 """KV cache groups and bytes: one group a layer and iteration, packed, and the formula, read from vLLM's block pool."""
 
 from benchmarks.engine import LAYOUTS, block_bytes, config, core, start, stop  # isort: skip
-from vllm import SamplingParams
+from vllm import LLM, SamplingParams
 from vllm.v1.request import Request
 
-from benchmarks.table import print_table
-from vllm_yocou.cli.kv_bytes import KVBytes
+from benchmarks.console import progress, publish
+from benchmarks.results import Result
+from vllm_yocou.cli.sizing import KVBytes
 
+SHAPES = ("paper 1.3B", "57M", "yoco-u-kjv")
 LENGTHS = (200, 4096, 32768)
 CHUNK = 1024
 BYTES = 2  # bfloat16
+NAMES = {"naive": "one group a cache", "packed": "packed"}
+FORMULA = "formula, without blocks"
 
 
-def held_in_decode(llm, tokens: int) -> int:
+def held_in_decode(llm: LLM, tokens: int) -> int:
     """Blocks that a request of `tokens` holds in decode, after a prompt in chunks; nothing is computed."""
     manager = core(llm).scheduler.kv_cache_manager
     request, free = Request("0", [1] * tokens, SamplingParams(), None), manager.block_pool.get_num_free_blocks()
@@ -25,33 +29,30 @@ def held_in_decode(llm, tokens: int) -> int:
     return held
 
 
-def row(shape: str, layout: str, groups, block, sizes: list[int]) -> list:
-    cells = [f"{size / 2**20:.2f} MiB, {tokens * 2**30 // size:,}" for size, tokens in zip(sizes, LENGTHS, strict=True)]
-    return [shape, layout, groups, block, *cells]
-
-
-def main() -> None:
-    rows = []
-    for shape in ("paper 1.3B", "57M", "yoco-u-kjv"):
+def measure() -> Result:
+    result = Result.here("kv_layout", dtype="bfloat16", chunk=CHUNK)
+    for shape in SHAPES:
         # No cache sees the width of the model.
         cfg = config(shape, hidden_size=64, intermediate_size=64)
         for layout, options in LAYOUTS.items():
+            progress(f"{shape}, {NAMES[layout]}")
             settings = dict(dtype="bfloat16", max_model_len=LENGTHS[-1], max_num_batched_tokens=CHUNK)
             llm = start(cfg, kv_cache_memory_bytes=1 << 30, additional_config={"yocou": options}, **settings)
-            kv_config = core(llm).scheduler.kv_cache_config
-            sizes = [held_in_decode(llm, tokens) * block_bytes(llm) for tokens in LENGTHS]
-            block = max(group.kv_cache_spec.block_size for group in kv_config.kv_cache_groups)
-            rows.append(
-                row(shape, layout, len(kv_config.kv_cache_groups), f"{block_bytes(llm) >> 10} KiB, {block}", sizes)
-            )
+            groups = core(llm).scheduler.kv_cache_config.kv_cache_groups
+            of = dict(shape=shape, layout=NAMES[layout])
+            result.add("KV groups", "groups", len(groups), **of)
+            result.add("block", "bytes", block_bytes(llm), **of)
+            longest = max(group.kv_cache_spec.block_size for group in groups)
+            result.add("global tokens of a block", "tokens", longest, **of)
+            for tokens in LENGTHS:
+                size = held_in_decode(llm, tokens) * block_bytes(llm)
+                result.add("KV cache", "MiB", size / 2**20, **of, tokens=tokens)
             stop(llm)
-        rows.append(
-            row(shape, "formula", "", "", [KVBytes.yoco_u(cfg, BYTES).of_request(tokens) for tokens in LENGTHS])
-        )
-    header = ["shape", "layout", "KV groups", "block: bytes, global tokens"]
-    header += [f"{tokens} tokens: bytes a request, tokens per GiB" for tokens in LENGTHS]
-    print_table("KV cache layouts", "bfloat16, one request in decode, blocks counted in vLLM's pool.", header, rows)
+        for tokens in LENGTHS:
+            size = KVBytes.yoco_u(cfg, BYTES).of_request(tokens)
+            result.add("KV cache", "MiB", size / 2**20, shape=shape, layout=FORMULA, tokens=tokens)
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    publish(measure())

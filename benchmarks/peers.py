@@ -19,77 +19,59 @@ from benchmarks.engine import (
 )
 
 import argparse  # isort: skip
-import os
-import statistics
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, PretrainedConfig
 from vllm import LLM
 
+from benchmarks.console import progress, publish
 from benchmarks.kv_layout import held_in_decode
-from benchmarks.table import print_table
-from vllm_yocou.cli.kv_bytes import KVBytes
-from vllm_yocou.cli.parameters import stored
+from benchmarks.results import Result
+from benchmarks.tables.comparisons import LIKE_PAPER, LOOPED, OURS
+from vllm_yocou.cli.sizing import KVBytes, stored_parameters
 
 MARGIN = 4096  # tokens that a request has room for beyond its prompt, or in flight in a window cache
-OURS, LIKE_PAPER, LOOPED = "YOCO-U", "Transformer, S + C layers", "IQuestLoopCoder, 2 · (S + C) passes"
-PICTURES = Path(__file__).parent / "pictures"
-
-# Of the paper's table (SPEC.md, section 5): prefill, decode and KV bytes of YOCO-U over a Transformer of S + C layers,
-# and over its looped model, RINS.
-PAPER_RATIOS = {
-    LIKE_PAPER: {
-        8 << 10: (75_637 / 85_707, None, 46 / 320),
-        16 << 10: (75_694 / 66_342, 1_966 / 1_795, 62 / 640),
-        64 << 10: (76_148 / 27_276, 865 / 450, 158 / 2_560),
-        256 << 10: (76_301 / 7_475, 303 / 137, 542 / 10_240),
-    },
-    LOOPED: {
-        16 << 10: (75_694 / 33_276, 1_966 / 580, None),
-        64 << 10: (76_148 / 13_630, 865 / 118, None),
-        256 << 10: (76_301 / 3_739, 303 / 56, None),
-    },
-}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Prompt rounds by length in tokens, requests of the decode steps, and how much a pool has to hold.
+    """Of a table: prompt rounds by length in tokens, requests of the decode steps, and how much a pool has to hold.
 
     All requests of the largest batch fit at `together` tokens, one of them at the longest length.
     """
 
+    table: str
     shape: str
     dtype: str
     prompts: dict[int, int]
     batches: tuple[int, ...]
     together: int
-    budget_bytes: int
-    picture: str
-    changed: dict
+    budget_gib: int
+    changed: dict[str, Any]
 
 
 SMALL = Sizes(
+    "peers",
     "57M",
     "float32",
     {1 << 10: 5, 4 << 10: 3, 16 << 10: 3},
     (1, 8),
     16 << 10,
-    1 << 30,
-    "peers.png",
+    1,
     dict(num_key_value_heads=2),
 )
 PAPER = Sizes(
+    "peers_paper",
     "paper 1.3B",
     "bfloat16",
     {1 << 10: 5, 4 << 10: 5, 8 << 10: 5, 16 << 10: 3, 64 << 10: 3, 256 << 10: 1},
     (1, 8),
     64 << 10,
-    80 << 30,
-    "peers_paper.png",
+    80,
     {},
 )
 PAPER_GPU_BYTES = 125 << 30
@@ -129,22 +111,22 @@ def peers(sizes: Sizes) -> dict[str, tuple[PretrainedConfig, dict]]:
     }
 
 
-def prefill(engines: dict[str, LLM], prompts: dict[int, int]) -> dict[int, dict[str, float]]:
-    """Median seconds to the first token, by length and engine."""
+def prefill(engines: dict[str, LLM], prompts: dict[int, int]) -> dict[int, dict[str, list[float]]]:
+    """Seconds to the first token, by length and engine."""
     for llm in engines.values():
         prompt_s(llm, min(prompts))
-    rounds = {
-        tokens: [{name: prompt_s(llm, tokens) for name, llm in engines.items()} for _ in range(n)]
-        for tokens, n in prompts.items()
-    }
-    return {
-        tokens: {name: statistics.median(times[name] for times in taken) for name in engines}
-        for tokens, taken in rounds.items()
-    }
+    taken: dict[int, dict[str, list[float]]] = {tokens: {name: [] for name in engines} for tokens in prompts}
+    for tokens, rounds in prompts.items():
+        for number in range(rounds):
+            progress(f"prompts of {tokens} tokens, round {number + 1} of {rounds}")
+            for name, llm in engines.items():
+                taken[tokens][name].append(prompt_s(llm, tokens))
+    return taken
 
 
-def decode(engines: dict[str, LLM], context: int, batch: int) -> dict[str, float]:
-    """Median seconds of a step by engine; of those whose pool holds so many requests."""
+def decode(engines: dict[str, LLM], context: int, batch: int) -> dict[str, list[float]]:
+    """Seconds of steps by engine; of those whose pool holds so many requests."""
+    progress(f"decode at {context} tokens, batch {batch}")
     taken: dict[str, list[float]] = {}
     with ExitStack() as stack:
         for name, llm in engines.items():
@@ -156,94 +138,58 @@ def decode(engines: dict[str, LLM], context: int, batch: int) -> dict[str, float
         for _ in range(ROUNDS):
             for name, times in taken.items():
                 times += [step_s(engines[name]) for _ in range(STEPS)]
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return taken
 
 
-def ratio(ours: float | None, theirs: float | None, paper: float | None = None) -> str:
-    here = "" if ours is None or theirs is None else f"{ours / theirs:.2f}x"
-    return f"{here} (paper {paper:.2f}x)".strip() if paper else here
+def described(sizes: Sizes) -> dict[str, Any]:
+    """The settings that a result names."""
+    cfg, on_gpu = peers(sizes)[OURS][0], torch.cuda.is_available()
+    layers = f"S {cfg.num_self_decoder_layers}, C {cfg.num_cross_decoder_layers}, T {cfg.num_iterations}"
+    heads = f"{cfg.num_attention_heads} query and {cfg.num_key_value_heads} KV heads of {cfg.head_dim}"
+    width, parameters = f"width {cfg.hidden_size}", f"{stored_parameters(cfg) / 1e6:.1f}M parameters"
+    return dict(
+        shape=sizes.shape,
+        sizes=f"{width}, {layers}, W {cfg.sliding_window}, {heads}, {parameters}",
+        dtype=sizes.dtype,
+        mode="compiled" if on_gpu else "eager",
+        rounds=sizes.prompts,
+        batches=sizes.batches,
+        steps=STEPS * ROUNDS,
+        budget_gib=sizes.budget_gib,
+    )
 
 
-def table(names: list[str], sizes: Sizes, first_s: dict, next_s: dict, held_bytes: dict) -> list[list]:
-    rows = []
-    for tokens in sizes.prompts:
-        for name in names:
-            prompt, kv = first_s[tokens][name], held_bytes[tokens][name]
-            of_paper = PAPER_RATIOS.get(name, {}).get(tokens, (None, None, None))
-            cells = [f"{tokens / prompt:,.0f} ({prompt:.2f} s)", ratio(prompt, first_s[tokens][OURS], of_paper[0])]
-            for batch in sizes.batches:
-                steps = next_s[tokens, batch]
-                cells.append(f"{batch / steps[name]:.1f}" if name in steps else "does not fit")
-                cells.append(ratio(steps.get(name), steps.get(OURS), of_paper[1] if batch > 1 else None))
-            ours = held_bytes[tokens][OURS]
-            cells += [f"{kv / 2**20:.1f} MiB", ratio(ours, kv, of_paper[2]), sizes.budget_bytes // kv]
-            rows.append([tokens, name, *cells])
-    return rows
-
-
-def draw(names: list[str], sizes: Sizes, first_s: dict, next_s: dict, held_bytes: dict, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    lengths, last = list(sizes.prompts), sizes.batches[-1]
-    figure, (prompts, steps, bytes_) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for name in names:
-        bold = dict(label=name, marker="o", linewidth=2.5 if name == OURS else 1.2)
-        prompts.plot(lengths, [tokens / first_s[tokens][name] for tokens in lengths], **bold)
-        fitting = [tokens for tokens in lengths if name in next_s[tokens, last]]
-        steps.plot(fitting, [last / next_s[tokens, last][name] for tokens in fitting], **bold)
-        bytes_.plot(lengths, [held_bytes[tokens][name] / 2**20 for tokens in lengths], **bold)
-    labels = ("prefill, tokens/s", f"decode, tokens/s, {last} requests", "KV cache, MiB a request")
-    for axes, label in zip((prompts, steps, bytes_), labels, strict=True):
-        axes.set(title=label, xlabel="tokens", xscale="log", yscale="log")
-        axes.set_xticks(lengths, [f"{tokens >> 10}k" for tokens in lengths])
-    bytes_.legend(fontsize="small")
-    figure.suptitle(title, fontsize="small")
-    PICTURES.mkdir(exist_ok=True)
-    figure.savefig(PICTURES / sizes.picture, dpi=110)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--paper", action="store_true", help="the paper's 1.3B shape in bfloat16, for a GPU")
-    sizes = PAPER if parser.parse_args(arguments).paper else SMALL
-    if sizes is PAPER and not (torch.cuda.is_available() and torch.cuda.mem_get_info()[0] >= PAPER_GPU_BYTES):
-        parser.error(f"--paper holds five models at once: it needs a GPU with {PAPER_GPU_BYTES >> 30} GiB free.")
+def measure(sizes: Sizes) -> Result:
     longest, most = max(sizes.prompts) + MARGIN, max(sizes.batches)
-    settings = dict(dtype=sizes.dtype, max_model_len=longest, max_num_seqs=most)
-    on_gpu = torch.cuda.is_available()
-    settings |= dict(enforce_eager=not on_gpu)  # on a CPU nobody waits for five models to compile
-    engines = {name: start(cfg, **settings | more) for name, (cfg, more) in peers(sizes).items()}
-    first_s = prefill(engines, sizes.prompts)
-    next_s = {(tokens, batch): decode(engines, tokens, batch) for tokens in sizes.prompts for batch in sizes.batches}
-    held_bytes = {
-        tokens: {name: held_in_decode(llm, tokens) * block_bytes(llm) for name, llm in engines.items()}
-        for tokens in sizes.prompts
-    }
-    names, cfg = list(engines), peers(sizes)[OURS][0]
+    settings: dict[str, Any] = dict(dtype=sizes.dtype, max_model_len=longest, max_num_seqs=most)
+    settings |= dict(enforce_eager=not torch.cuda.is_available())  # on a CPU nobody waits for five models to compile
+    engines = {}
+    for name, (cfg, more) in peers(sizes).items():
+        progress(f"starting {name}")
+        engines[name] = start(cfg, **settings | more)
     chunks = {name: core(llm).scheduler.max_num_scheduled_tokens for name, llm in engines.items()}
     groups = {name: len(core(llm).scheduler.kv_cache_config.kv_cache_groups) for name, llm in engines.items()}
-    note = (
-        f"{sizes.shape} shape: width {cfg.hidden_size}, S {cfg.num_self_decoder_layers}, "
-        f"C {cfg.num_cross_decoder_layers}, T {cfg.num_iterations}, W {cfg.sliding_window}, {cfg.num_attention_heads} "
-        f"query and {cfg.num_key_value_heads} KV heads of {cfg.head_dim}, {stored(cfg) / 1e6:.1f}M parameters; "
-        f"random weights, {sizes.dtype}, "
-        f"{'compiled' if on_gpu else 'eager'}; medians of "
-        f"{'/'.join(map(str, sizes.prompts.values()))} prompts and {STEPS * ROUNDS} steps, in turn. The paper's ratios "
-        "are of its 1.3B shape in bfloat16, batch 32, on an H100, that of a looped model over RINS. KV cache groups: "
-        f"{', '.join(f'{name} {n}' for name, n in groups.items())}. Tokens of a step: "
-        f"{', '.join(f'{name} {n}' for name, n in chunks.items())}."
-    )
-    header = ["tokens", "model", "prefill tokens/s (time to first token)", "YOCO-U / this"]
-    for batch in sizes.batches:
-        header += [f"decode tokens/s, batch {batch}", "YOCO-U / this"]
-    header += ["KV a request", "YOCO-U / this", f"requests in {sizes.budget_bytes >> 30} GiB"]
-    measured = (names, sizes, first_s, next_s, held_bytes)
-    print_table("YOCO-U and its peers", note, header, table(*measured))
-    device = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores"
-    draw(*measured, title=f"{sizes.shape} shape, {sizes.dtype}, {device}")
+    result = Result.here(sizes.table, **described(sizes), groups=groups, chunks=chunks)
+    for tokens, taken in prefill(engines, sizes.prompts).items():
+        for name, seconds in taken.items():
+            result.add("first token", "s", seconds, tokens=tokens, model=name)
+    for tokens in sizes.prompts:
+        for batch in sizes.batches:
+            for name, seconds in decode(engines, tokens, batch).items():
+                result.add("decode step", "s", seconds, tokens=tokens, model=name, batch=batch)
+        for name, llm in engines.items():
+            held = held_in_decode(llm, tokens) * block_bytes(llm)
+            result.add("KV cache", "MiB", held / 2**20, tokens=tokens, model=name)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--paper", action="store_true", help="the paper's 1.3B shape in bfloat16, for a GPU")
+    sizes = PAPER if parser.parse_args().paper else SMALL
+    if sizes is PAPER and not (torch.cuda.is_available() and torch.cuda.mem_get_info()[0] >= PAPER_GPU_BYTES):
+        sys.exit(f"--paper holds five models at once: it needs a GPU with {PAPER_GPU_BYTES >> 30} GiB free.")
+    publish(measure(sizes))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Prefill with and without skipping the cross-decoder, beside the ceiling: the self-decoder and the head alone."""
 
 from benchmarks.engine import config, prompt_s, runner, start  # isort: skip
-import statistics
 from contextlib import contextmanager
 
-from benchmarks.table import print_table
+from benchmarks.console import progress, publish
+from benchmarks.results import Result
 
 ROUNDS = {512: 15, 4096: 5, 16384: 3}
 SHAPE = "57M"
@@ -54,36 +54,29 @@ class Prefill:
             self.model.cross_decoder.forward = forward
 
 
-def main() -> None:
+def measure() -> Result:
     cfg = config(SHAPE)
-    prefill, rows = Prefill(cfg), []
-    ways = (prefill.every_row, prefill.skipping, prefill.self_decoder_alone)
-    prompt_s(prefill.llm, 512)
+    prefill = Prefill(cfg)
+    ways = {
+        "every row": prefill.every_row,
+        "skipping": prefill.skipping,
+        "self-decoder alone": prefill.self_decoder_alone,
+    }
+    result = Result.here("prefill", shape=SHAPE, dtype="float32", rounds=ROUNDS)
+    prompt_s(prefill.llm, min(ROUNDS))
     for tokens, rounds in ROUNDS.items():
-        times = {way: [] for way in ways}
-        for _ in range(rounds):
-            for way in ways:
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for number in range(rounds):
+            progress(f"{tokens} tokens, round {number + 1} of {rounds}")
+            for name, way in ways.items():
                 with way():
-                    times[way].append(prompt_s(prefill.llm, tokens))
-        every_s, skipping_s, alone_s = (statistics.median(times[way]) for way in ways)
-        by_flops = flops(cfg, tokens, tokens) / flops(cfg, tokens, 0)
-        rows.append(
-            [
-                tokens,
-                f"{every_s:.2f} s",
-                f"{skipping_s:.2f} s",
-                f"{alone_s:.2f} s",
-                f"{every_s / skipping_s:.2f}x",
-                f"{every_s / alone_s:.2f}x",
-                f"{by_flops:.2f}x",
-                f"{alone_s / skipping_s:.0%}, {every_s / skipping_s / by_flops:.0%}",
-            ]
-        )
-    header = ["prompt tokens", "every row", "skipping", "self-decoder alone", "speed-up", "ceiling by time"]
-    note = f"{SHAPE} shape, float32, chunks of vLLM's scheduler with the plugin's default, medians of rounds in turn."
-    header += ["ceiling by FLOPs", "reached, by time and FLOPs"]
-    print_table("Prefill without the cross-decoder", note, header, rows)
+                    times[name].append(prompt_s(prefill.llm, tokens))
+        for name, runs in times.items():
+            result.add("first token", "s", runs, tokens=tokens, way=name)
+        ceiling = flops(cfg, tokens, tokens) / flops(cfg, tokens, 0)
+        result.add("ceiling by FLOPs", "x", ceiling, tokens=tokens)
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    publish(measure())

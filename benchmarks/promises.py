@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.results import Result
+from benchmarks.tables.quality import SENT
 from vllm_yocou.reference import YocoUForCausalLM
 
 MARGIN = 1e-3  # where the reference's two best logits are closer, either token is right (tests/oracle.py)
@@ -112,6 +114,7 @@ class Report:
     aborted: Counter = field(default_factory=Counter)
     tokens: Counter = field(default_factory=Counter)
     mistakes: dict[str, list[str]] = field(default_factory=dict)
+    idle: dict[str, tuple[str, float]] = field(default_factory=dict)  # unit and figure of the idle server, by name
 
     def check(self, function, *arguments) -> None:
         try:
@@ -130,8 +133,11 @@ class Report:
             for promise, seen in self.mistakes.items()
         ]
 
-    def rows(self) -> list[list[str]]:
-        """A line for each kind and one for all: sent, answered, left by the client, tokens compared."""
-        columns = (self.sent, self.answered, self.aborted, self.tokens)
-        kinds = [[kind, *(f"{column[kind]:,}" for column in columns)] for kind in sorted(self.sent)]
-        return [*kinds, ["all", *(f"{column.total():,}" for column in columns)]]
+    def add_to(self, result: Result) -> None:
+        """For each kind of request: sent, answered, left by the client, tokens compared; then the idle server's."""
+        for kind in sorted(self.sent):
+            for name, counts in zip(SENT, (self.sent, self.answered, self.aborted, self.tokens), strict=True):
+                unit = "tokens" if counts is self.tokens else "requests"
+                result.add(name, unit, counts[kind], requests=kind)
+        for name, (unit, figure) in self.idle.items():
+            result.add(name, unit, figure)

@@ -3,6 +3,7 @@
 from benchmarks.engine import config, decoding, start, step_s
 
 import statistics  # isort: skip
+import sys
 import time
 from itertools import pairwise
 
@@ -10,7 +11,8 @@ import torch
 from transformers import StoppingCriteria
 from vllm import LLM, SamplingParams
 
-from benchmarks.table import print_table
+from benchmarks.console import progress, publish
+from benchmarks.results import Result
 from vllm_yocou.reference import YocoUForCausalLM
 
 SHAPE = "57M"
@@ -48,38 +50,29 @@ def by_vllm(llm: LLM, prompts_BN: torch.Tensor) -> tuple[float, float]:
         return first_s, statistics.median(step_s(llm) for _ in range(STEPS))
 
 
-def main() -> None:
+def measure() -> Result:
     if torch.cuda.is_available():
-        print("This compares on a CPU, and vLLM would take the GPU: run it on a machine without one.")
-        return
+        sys.exit("reference_model compares on a CPU, and vLLM would take the GPU: run it on a machine without one.")
     cfg = config(SHAPE, max_position_embeddings=1 << 14)
     model = YocoUForCausalLM(cfg).eval()
     model.generation_config.pad_token_id = 0
     llm = start(cfg, max_model_len=4096, max_num_seqs=max(BATCHES), kv_cache_memory_bytes=2 << 30, enforce_eager=True)
-    rows = []
+    sizes = dict(shape=SHAPE, kv_heads=cfg.num_key_value_heads, dtype="float32", threads=torch.get_num_threads())
+    result = Result.here("reference_model", **sizes, rounds=ROUNDS, steps=STEPS)
     for tokens in PROMPTS:
         for batch in BATCHES:
             prompts_BN = torch.randint(1, cfg.vocab_size, (batch, tokens))
-            times = {"generate()": [], "vLLM": []}
-            for _ in range(ROUNDS + 1):
+            times: dict[str, list[tuple[float, float]]] = {"generate()": [], "vLLM": []}
+            for number in range(ROUNDS + 1):
+                progress(f"prompts of {tokens}, batch {batch}, round {number + 1} of {ROUNDS + 1}")
                 times["generate()"].append(by_reference(model, prompts_BN))
                 times["vLLM"].append(by_vllm(llm, prompts_BN))
-            medians = {  # the first round warms up
-                way: [statistics.median(part) for part in zip(*taken[1:], strict=True)] for way, taken in times.items()
-            }
-            (their_first, their_next), (our_first, our_next) = medians["generate()"], medians["vLLM"]
-            cells = [f"{s * 1e3:,.0f} ms" for s in (their_first, our_first)] + [f"{their_first / our_first:.2f}x"]
-            cells += [f"{batch / s:.1f}" for s in (their_next, our_next)] + [f"{their_next / our_next:.2f}x"]
-            rows.append([tokens, batch, *cells])
-    header = ["prompt", "batch", "first token, generate()", "vLLM", "generate() / vLLM"]
-    header += ["decode tokens/s, generate()", "vLLM", "vLLM / generate()"]
-    note = (
-        f"{SHAPE} shape, {cfg.num_key_value_heads} KV heads, random weights, "
-        f"float32, {torch.get_num_threads()} threads each, vLLM eager; medians of "
-        f"{ROUNDS} rounds in turn, decode over {STEPS} steps."
-    )
-    print_table("vLLM and the reference model", note, header, rows)
+            for way, (_, *taken) in times.items():  # the first round warms up
+                first_s, next_s = zip(*taken, strict=True)
+                result.add("first token", "s", first_s, prompt=tokens, batch=batch, way=way)
+                result.add("decode step", "s", next_s, prompt=tokens, batch=batch, way=way)
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    publish(measure())

@@ -4,23 +4,25 @@ import os
 
 # One thread: what is timed is Python, and tensors of a few hundred numbers.
 os.environ["OMP_NUM_THREADS"] = "1"
-from benchmarks.engine import LAYOUTS, Stopwatch, config, core, decoding  # isort: skip  # noqa: E402
-from benchmarks.engine import runner, start  # isort: skip  # noqa: E402
-import statistics
+from benchmarks.engine import LAYOUTS, Stopwatch, config, core, decoding  # isort: skip
+from benchmarks.engine import runner, start  # isort: skip
 from contextlib import ExitStack
+from typing import Any
 
-from benchmarks.table import print_table
+from benchmarks.console import progress, publish
+from benchmarks.results import Result
 
 BATCHES = (1, 8, 16, 64)
+SHAPE, WINDOW_CACHES = "24 layers", 36  # T·S
 STEPS, ROUNDS = 30, 5
 
 
 class Engine:
     """An engine whose model's part of a step is timed apart."""
 
-    def __init__(self, options: dict):
-        # T·S = 36 window caches; the model's width costs time that this table does not show.
-        cfg = config("24 layers", hidden_size=64, intermediate_size=64, num_attention_heads=4, head_dim=32)
+    def __init__(self, options: dict[str, Any]):
+        # The model's width costs time that this table does not show.
+        cfg = config(SHAPE, hidden_size=64, intermediate_size=64, num_attention_heads=4, head_dim=32)
         settings = dict(max_model_len=4096, max_num_seqs=max(BATCHES), max_num_batched_tokens=1024)
         self.llm = start(cfg, kv_cache_memory_bytes=2 << 30, additional_config={"yocou": options}, **settings)
         self.core, self.groups = core(self.llm), len(core(self.llm).scheduler.kv_cache_config.kv_cache_groups)
@@ -39,27 +41,27 @@ class Engine:
         return self.scheduling.s / STEPS * 1e3, (self.preparing.s - self.inside.s) / STEPS * 1e3
 
 
-def main() -> None:
+def measure() -> Result:
     engines = {name: Engine(options) for name, options in LAYOUTS.items()}
-    rows = []
+    groups = {name: engine.groups for name, engine in engines.items()}
+    result = Result.here(
+        "scheduling", shape=SHAPE, window_caches=WINDOW_CACHES, groups=groups, steps=STEPS, rounds=ROUNDS
+    )
     for batch in BATCHES:
-        times = {name: [] for name in engines}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
         with ExitStack() as stack:
             for engine in engines.values():
                 stack.enter_context(decoding(engine.llm, batch))
-            for _ in range(ROUNDS):
+            for number in range(ROUNDS):
+                progress(f"batch {batch}, round {number + 1} of {ROUNDS}")
                 for name, engine in engines.items():
                     times[name].append(engine.measure())
-        medians = {name: [statistics.median(part) for part in zip(*times[name], strict=True)] for name in engines}
-        totals = {name: sum(parts) for name, parts in medians.items()}
-        cells = [f"{totals[name]:.2f} ms ({s:.2f} + {p:.2f})" for name, (s, p) in medians.items()]
-        rows.append([batch, *cells, f"{totals['naive'] / totals['packed']:.1f}x"])
-    header = ["batch", *(f"{name}, {engine.groups} groups" for name, engine in engines.items()), "naive / packed"]
-    note = (
-        f"T·S = 36, a decode step without the model: scheduling + input preparation, median of {ROUNDS} rounds in turn."
-    )
-    print_table("Scheduling and input preparation", note, header, rows)
+        for name, runs in times.items():
+            scheduling, preparation = zip(*runs, strict=True)
+            result.add("scheduling", "ms", scheduling, batch=batch, layout=name)
+            result.add("input preparation", "ms", preparation, batch=batch, layout=name)
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    publish(measure())

@@ -58,7 +58,8 @@ def serving(command: list[str], log: Path, ready: str = READY, limit_s: int = 12
     try:
         deadline_s = time.monotonic() + START_S
         while ready not in log.read_text():
-            assert process.poll() is None and time.monotonic() < deadline_s, "the server did not get ready"
+            assert process.poll() is None, "the server ended before it was ready"
+            assert time.monotonic() < deadline_s, "the server did not get ready"
             time.sleep(0.5)
         url = f"http://127.0.0.1:{port}"
         with urllib.request.urlopen(f"{url}/v1/models") as answer:

@@ -2,15 +2,16 @@
 
 import json
 import shutil
-import statistics
 import subprocess
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
+from benchmarks.console import progress, publish
 from benchmarks.engine import config
+from benchmarks.results import Result
 from benchmarks.server import VLLM, Server, serving, user_environment
-from benchmarks.table import print_table
+from benchmarks.tables.comparisons import FIGURES
 
 SHAPE, ROUNDS = "57M", 2
 LIMIT_S = 3600  # of a server, which outlives the runs against all of them
@@ -26,15 +27,9 @@ WAYS = {
 # All prompts begin alike: a system prompt, then a question.
 PREFIX, INPUT, OUTPUT, CONCURRENCY = 1024, 256, 32, 4
 PROMPTS, WARM_UP = 20, 4
-FIGURES = {
-    "request_throughput": "requests/s",
-    "total_token_throughput": "tokens/s, prompts and answers",
-    "median_ttft_ms": "median time to first token, ms",
-    "median_tpot_ms": "median time of a further token, ms",
-}
 
 
-def figures(server: Server, folder: Path, seed: int, prompts: int) -> list[float]:
+def figures(server: Server, folder: Path, seed: int, prompts: int) -> dict[str, float]:
     mix = f"--dataset-name random --random-prefix-len {PREFIX} --random-input-len {INPUT} --random-output-len {OUTPUT}"
     mix += f" --num-prompts {prompts} --max-concurrency {CONCURRENCY} --seed {seed} --ignore-eos"
     command = [VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.url, "--model", server.model]
@@ -43,25 +38,20 @@ def figures(server: Server, folder: Path, seed: int, prompts: int) -> list[float
     subprocess.run(command, env=user_environment(), check=True, capture_output=True, timeout=600)
     result = json.loads((folder / "result.json").read_text())
     assert result["completed"] == prompts
-    return [result[key] for key in FIGURES]
+    return {name: result[key] for name, (key, _) in FIGURES.items()}
 
 
-def table(medians: dict[str, list[float]]) -> list[list[str]]:
-    """`medians` of FIGURES; beside each what it is to the last way's."""
-    *_, last = medians.values()
-    return [
-        [way, *(f"{value:,.2f} ({value / base:.2f}x)" for value, base in zip(values, last, strict=True))]
-        for way, values in medians.items()
-    ]
-
-
-def main() -> None:
-    runs = {way: [] for way in WAYS}
+def measure() -> Result:
+    cfg = config(SHAPE)
+    sizes = dict(shape=SHAPE, kv_heads=cfg.num_key_value_heads, dtype="float32", prompts=PROMPTS, prefix=PREFIX)
+    sizes |= dict(input=INPUT, output=OUTPUT, concurrency=CONCURRENCY)
+    result = Result.here("serving", **sizes, rounds=ROUNDS)
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         checkpoint = folder / "checkpoint"
         shutil.copytree(TOKENIZER, checkpoint, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-        config(SHAPE).save_pretrained(checkpoint)
+        cfg.save_pretrained(checkpoint)
         # All at once: a server without requests takes no time from the others.
         servers = {
             way: stack.enter_context(
@@ -71,19 +61,19 @@ def main() -> None:
             )
             for i, (way, more) in enumerate(WAYS.items())
         }
+        progress("servers are ready")
         for server in servers.values():
             figures(server, folder, ROUNDS, WARM_UP)
         for seed in range(ROUNDS):
             for way, server in servers.items():
+                progress(f"{way}, run {seed + 1} of {ROUNDS}")
                 runs[way].append(figures(server, folder, seed, PROMPTS))
-    medians = {way: [statistics.median(part) for part in zip(*taken, strict=True)] for way, taken in runs.items()}
-    note = (
-        f"{SHAPE} shape, 4 KV heads, random weights, float32, eager: {PROMPTS} prompts of {PREFIX} common tokens and "
-        f"{INPUT} of their own, {OUTPUT} tokens of answer, {CONCURRENCY} at a time; medians of {ROUNDS} runs in turn, "
-        "and beside each what it is to the last line's."
-    )
-    print_table("Serving", note, ["", *FIGURES.values()], table(medians))
+    for way, found in runs.items():
+        for name in FIGURES:
+            unit = "ms" if name.endswith("ms") else "1/s"
+            result.add(name, unit, [one[name] for one in found], way=way)
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    publish(measure())

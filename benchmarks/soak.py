@@ -23,6 +23,7 @@ import psutil
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks.console import progress, publish
 from benchmarks.promises import (
     Expected,
     Mistake,
@@ -34,8 +35,8 @@ from benchmarks.promises import (
     check_refusal,
     check_usage,
 )
+from benchmarks.results import Result
 from benchmarks.server import VLLM, Server, serving
-from benchmarks.table import print_table
 
 CHECKPOINT = Path(__file__).parent.parent / "examples" / "yoco-u-kjv"
 TEXT = CHECKPOINT.parent / "evaluation" / "kjv_last_word.jsonl"
@@ -164,7 +165,7 @@ class Client:
         )
         text = choice["text"]
         cut = choice["finish_reason"] == "length"
-        if not any(text == form or cut and form.startswith(text) for form in CHOICES):
+        if not any(text == form or (cut and form.startswith(text)) for form in CHOICES):
             raise Mistake("structured output has its form", f"{text!r} is none of {', '.join(CHOICES)}")
 
     async def sampled(self, session) -> None:
@@ -280,7 +281,6 @@ def prompts() -> Iterator[list[int]]:
 
 def soak(server: Server, reference: Reference, seconds: float, seed: int) -> Report:
     pool = [reference.expect(prompt, min(TOKENS, CONTEXT - len(prompt))) for prompt in prompts()]
-    note = f"{CLIENTS} clients for {seconds / 60:g} minutes, {CHECKPOINT.name} in float32, a KV cache of 3 MB."
     report = Report()
     clients = [Client(server, reference, pool, report, f"{seed}/{number}") for number in range(CLIENTS)]
     try:
@@ -297,11 +297,11 @@ def soak(server: Server, reference: Reference, seconds: float, seed: int) -> Rep
     else:
         report.check(check_growth, warm, end)
         report.check(check_preemptions, preemptions)
-        note += (
-            f" {preemptions:.0f} preemptions since it was warm; memory {warm >> 20} MiB then, {end >> 20} at the end."
-        )
-    header = ["requests", "sent", "answered", "left by the client", "tokens compared"]
-    print_table("Soak", note, header, report.rows())
+        report.idle = {
+            "preemptions": ("preemptions", preemptions),
+            "memory when warm": ("MiB", warm / 2**20),
+            "memory at the end": ("MiB", end / 2**20),
+        }
     return report
 
 
@@ -319,8 +319,12 @@ def main() -> int:
         command = [VLLM, "serve", str(CHECKPOINT), *SETTINGS.split()]
         with serving(command, Path(folder) / "log", limit_s=int(seconds) + 600) as server:
             report = soak(server, reference, seconds, arguments.seed)
+    sizes = dict(clients=CLIENTS, minutes=arguments.minutes, seed=arguments.seed, kv_cache="3 MB")
+    result = Result.here("soak", model=CHECKPOINT.name, dtype="float32", **sizes)
+    report.add_to(result)
+    publish(result)
     for sentence in report.sentences():
-        print(sentence, file=sys.stderr)
+        progress(sentence)
     return 1 if report.mistakes else 0
 
 

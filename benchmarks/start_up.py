@@ -7,9 +7,10 @@ import subprocess
 import tempfile
 import time
 
+from benchmarks.console import progress, publish
 from benchmarks.engine import config
+from benchmarks.results import Result
 from benchmarks.server import READY, VLLM, free_port, user_environment
-from benchmarks.table import print_table
 
 ITERATIONS = (1, 3, 6)
 ROUNDS = 2
@@ -50,32 +51,36 @@ def seconds(cache: str, iterations: int, eager: bool = False) -> list[float]:
     return [seen[READY], warm_up_s]
 
 
-def main() -> None:
-    starts: dict[tuple[str, int], list[list[float]]] = {}
+def measure() -> Result:
+    result = Result.here("start_up", shape=SHAPE, dtype="float32", rounds=ROUNDS)
+    starts: dict[tuple[int, str], list[list[float]]] = {}
     first, *others = ITERATIONS
+    override = f"by override, after T = {first}"
+
+    def timed(t: int, start: str, compiled_for: int) -> None:
+        progress(f"T = {t}, {start}")
+        found = seconds(f"{folder}/{compiled_for}", t, eager=start == "eager")
+        starts.setdefault((t, start), []).append(found)
+
     with tempfile.TemporaryDirectory() as folder:
         for t in ITERATIONS:
             config(SHAPE, num_iterations=t).save_pretrained(f"{folder}/{t}/checkpoint")
             seconds(f"{folder}/{t}", t, eager=True)  # vLLM keeps what it finds out about a model, however it is run
-            starts["the first compiled one", t] = [seconds(f"{folder}/{t}", t)]
+            timed(t, "the first compiled one", t)
         for _ in range(ROUNDS):
             for t in ITERATIONS:
-                starts.setdefault(("eager", t), []).append(seconds(f"{folder}/{t}", t, eager=True))
-                starts.setdefault(("a second", t), []).append(seconds(f"{folder}/{t}", t))
-                if t != first:
-                    found = seconds(f"{folder}/{first}", t)
-                    starts.setdefault((f"by override, after T = {first}", t), []).append(found)
-    best = {key: [min(times) for times in zip(*runs, strict=True)] for key, runs in starts.items()}
-    rows = []
-    for (way, t), (ready_s, warm_up_s) in sorted(best.items(), key=lambda item: (item[0][1], item[0][0] != "eager")):
-        cells = ["", ""]
-        if way != "eager":
-            to_first = best.get((way, first))
-            cells = [f"{warm_up_s:.1f} s", f"{warm_up_s / to_first[1]:.2f}x" if to_first else ""]
-        rows.append([t, way, f"{ready_s:.1f} s", f"{ready_s / best['eager', t][0]:.2f}x", *cells])
-    note = f"{SHAPE} shape, float32, from the command `vllm serve` until it answers; the quickest of {ROUNDS} in turn."
-    print_table("Start-up", note, ["T", "start", "ready", "this / eager", "warm-up", f"this / T = {first}"], rows)
+                timed(t, "eager", t)
+                timed(t, "a second", t)
+                if t in others:
+                    timed(t, override, first)
+    order = ("eager", "the first compiled one", "a second", override)
+    for t, start in sorted(starts, key=lambda key: (key[0], order.index(key[1]))):
+        ready, warm_up = zip(*starts[t, start], strict=True)
+        result.add("ready", "s", ready, T=t, start=start)
+        if start != "eager":
+            result.add("warm-up", "s", warm_up, T=t, start=start)
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    publish(measure())

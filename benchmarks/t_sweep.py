@@ -9,7 +9,6 @@ from benchmarks.engine import SHARE, block_bytes, decoding, prompt_s, step_s
 
 import argparse  # isort: skip
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,13 +17,13 @@ from pathlib import Path
 
 from vllm import LLM
 
+from benchmarks.console import progress, publish
 from benchmarks.kv_layout import held_in_decode
-from benchmarks.table import print_table
+from benchmarks.results import Result
 
 ITERATIONS = (1, 2, 3, 5)
 PROMPT, BATCH, ROUNDS, STEPS = 1024, 8, 5, 20
 TRAIN = Path(__file__).parent.parent / "examples" / "training" / "train.py"
-PICTURE = Path(__file__).parent / "pictures" / "t_sweep.png"
 
 
 def train(corpus: Path, output: Path, iterations: int, steps: int) -> dict:
@@ -37,12 +36,13 @@ def train(corpus: Path, output: Path, iterations: int, steps: int) -> dict:
     return json.loads(report.read_text())
 
 
-def serve(folders: dict[int, Path]) -> dict[int, tuple[float, float, int]]:
-    """By T: seconds of a prompt, seconds of a decode step, KV bytes of a request of PROMPT tokens."""
+def serve(folders: dict[int, Path], result: Result) -> None:
+    """Add what each T costs: seconds of a prompt and of a decode step, and the KV cache of a prompt's tokens."""
     settings = dict(dtype="float32", max_model_len=2048, max_num_seqs=BATCH, kv_cache_memory_bytes=128 << 20) | SHARE
     settings |= dict(enforce_eager=True, enable_prefix_caching=False)
     engines = {t: LLM(str(folder), **settings) for t, folder in folders.items()}
-    prompts, steps = ({t: [] for t in engines} for _ in range(2))
+    prompts: dict[int, list[float]] = {t: [] for t in engines}
+    steps: dict[int, list[float]] = {t: [] for t in engines}
     for _ in range(ROUNDS + 1):
         for t, llm in engines.items():
             prompts[t].append(prompt_s(llm, PROMPT))
@@ -52,42 +52,27 @@ def serve(folders: dict[int, Path]) -> dict[int, tuple[float, float, int]]:
         for _ in range(ROUNDS):
             for t, llm in engines.items():
                 steps[t] += [step_s(llm) for _ in range(STEPS)]
-    return {
-        t: (
-            statistics.median(prompts[t][1:]),
-            statistics.median(steps[t]),
-            held_in_decode(llm, PROMPT) * block_bytes(llm),
-        )
-        for t, llm in engines.items()
-    }
+    for t, llm in engines.items():
+        result.add("first token", "s", prompts[t][1:], T=t)  # the first round warms up
+        result.add("decode step", "s", steps[t], T=t)
+        result.add("KV cache", "MiB", held_in_decode(llm, PROMPT) * block_bytes(llm) / 2**20, T=t)
 
 
-def table(perplexity: dict[int, float], costs: dict[int, tuple[float, float, int]]) -> list[list]:
-    rows = []
-    for t, (prompt, step, kv) in costs.items():
-        base = costs[ITERATIONS[0]]
-        cells = [f"{PROMPT / prompt:,.0f} ({base[0] / prompt:.2f}x)", f"{BATCH / step:,.0f} ({base[1] / step:.2f}x)"]
-        rows.append([t, perplexity[t], *cells, f"{kv / 2**20:.2f} MiB ({kv / base[2]:.2f}x)"])
-    return rows
-
-
-def draw(perplexity: dict[int, float], costs: dict[int, tuple[float, float, int]], title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, (quality, cost) = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    quality.plot(list(perplexity), list(perplexity.values()), marker="o")
-    quality.set(title="held-out perplexity", xlabel="T", xticks=list(perplexity))
-    first = costs[ITERATIONS[0]]
-    for part, label in enumerate(("prefill time", "decode time", "KV bytes")):
-        cost.plot(list(costs), [costs[t][part] / first[part] for t in costs], marker="o", label=label)
-    cost.set(title="cost, T = 1 is 1", xlabel="T", xticks=list(costs), ylim=(0, None))
-    cost.legend()
-    figure.suptitle(title, fontsize="small")
-    PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE, dpi=110)
+def measure(corpus: Path, steps: int, folder: Path) -> Result:
+    """Checkpoints stay in `folder`; those found there are not trained again."""
+    folders = {t: folder / f"T{t}-{steps}" for t in ITERATIONS}
+    reports = {}
+    for t in ITERATIONS:
+        progress(f"training T = {t}")
+        reports[t] = train(corpus, folders[t], t, steps)
+    one = reports[ITERATIONS[0]]
+    sizes = dict(parameters=one["parameters"], training_tokens=one["training_tokens"], steps=steps)
+    result = Result.here("t_sweep", **sizes, dtype="float32", prompt=PROMPT, batch=BATCH, rounds=ROUNDS)
+    for t, report in reports.items():
+        result.add("held-out perplexity", "", report["held_out_perplexity"][f"YOCO-U, T = {t}"], T=t)
+    progress("serving")
+    serve(folders, result)
+    return result
 
 
 def main() -> None:
@@ -97,19 +82,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder for the checkpoints; those found there are not trained again")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.keep or Path(temporary)
-        folders = {t: folder / f"T{t}-{arguments.steps}" for t in ITERATIONS}
-        reports = {t: train(arguments.corpus, folders[t], t, arguments.steps) for t in ITERATIONS}
-        costs = serve(folders)
-    perplexity = {t: reports[t]["held_out_perplexity"][f"YOCO-U, T = {t}"] for t in ITERATIONS}
-    one = reports[ITERATIONS[0]]
-    note = (
-        f"{one['parameters']:,} parameters, {one['training_tokens']:,} training tokens and one seed for each T; "
-        f"float32, eager, prompts of {PROMPT} tokens, {BATCH} requests in decode; in brackets over T = 1."
-    )
-    header = ["T", "held-out perplexity", "prefill tokens/s", "decode tokens/s", "KV a request"]
-    print_table("T", note, header, table(perplexity, costs))
-    draw(perplexity, costs, f"{one['parameters']:,} parameters, {one['training_tokens']:,} training tokens")
+        publish(measure(arguments.corpus, arguments.steps, arguments.keep or Path(temporary)))
 
 
 if __name__ == "__main__":

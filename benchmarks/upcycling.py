@@ -8,7 +8,6 @@ more work for each token.
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -16,8 +15,11 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from benchmarks.table import print_table
-from vllm_yocou.checkpoints import upcycling
+from benchmarks.console import progress, publish
+from benchmarks.results import Result
+from vllm_yocou.checkpoints.llama import Upcycling
+from vllm_yocou.checkpoints.plan import plan as plan_of
+from vllm_yocou.checkpoints.sources import recognise
 from vllm_yocou.reference import YocoUForCausalLM
 
 WINDOW, TOKENS = 128, 256  # W, and tokens of a row
@@ -50,10 +52,8 @@ def choices(layers: int) -> tuple[dict[str, dict], dict[str, dict]]:
 
 def build(source: Path, iterations: int = 1, cross_rope: bool = True, scale: float = 1.0, **chosen) -> YocoUForCausalLM:
     """What `vllm-yocou upcycle` would write, without writing it; `scale` multiplies what self layers add to x."""
-    nowhere = source / "nowhere"
-    plan, _ = upcycling.plan(
-        source, nowhere, iterations=iterations, window=WINDOW, cross_rope=cross_rope, dtype="float32", **chosen
-    )
+    asked = Upcycling(iterations, WINDOW, cross_rope, **chosen)
+    plan = plan_of(recognise("upcycle", source, asked), source / "nowhere", dtype="float32")
     weights = {}
     for step in plan.steps:
         branch = ".self_decoder." in step.target and ("o_proj" in step.target or "down_proj" in step.target)
@@ -88,6 +88,44 @@ def heal(model: YocoUForCausalLM, rows: torch.Tensor, taught: list[torch.Tensor]
     model.eval()
 
 
+def split(source: Path, text: Path, steps: int, held: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows for training (steps, TOKENS) and rows held out (held, TOKENS), both from all over the text."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    ids = torch.tensor(tokenizer(text.read_text(), add_special_tokens=False)["input_ids"])
+    rows = ids[: len(ids) // TOKENS * TOKENS].view(-1, TOKENS)
+    if len(rows) < steps + held:
+        sys.exit(f"the text has {len(rows)} rows of {TOKENS} tokens, {steps + held} are wanted: give more text.")
+    rows = rows[torch.linspace(0, len(rows) - 1, steps + held).long()]
+    is_held_out = torch.zeros(len(rows), dtype=torch.bool)
+    is_held_out[torch.linspace(1, len(rows) - 2, held).long()] = True
+    return rows[~is_held_out], rows[is_held_out]
+
+
+def measure(source: Path, text: Path, steps: int, held: int) -> Result:
+    """Losses of every held-out row."""
+    logging.disable_progress_bar()
+    training, held_out = split(source, text, steps, held)
+    sizes = dict(source=source.name, row=TOKENS, window=WINDOW, dtype="float32", held_out_tokens=held * (TOKENS - 1))
+    result = Result.here("upcycling", **sizes, steps=steps, learning_rate=LEARNING_RATE)
+    teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    result.add("loss of the source", "nats", nats(teacher, held_out).tolist(), start="the source itself")
+    with torch.inference_mode():
+        taught = [teacher(row[None], use_cache=False).logits[0].log_softmax(-1).bfloat16() for row in training]
+    healed, started = choices(teacher.config.num_hidden_layers)
+    del teacher
+    for name, choice in (healed | started).items():
+        progress(name)
+        model = build(source, **choice)
+        cfg = model.config
+        layers = f"{cfg.num_self_decoder_layers} + {cfg.num_cross_decoder_layers}"
+        of = {"start": name, "S + C": layers, "T": cfg.num_iterations}
+        result.add("loss at the start", "nats", nats(model, held_out).tolist(), **of)
+        if name in healed:
+            heal(model, training, taught)
+            result.add("loss healed", "nats", nats(model, held_out).tolist(), **of)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
@@ -95,46 +133,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32, help="of one row each")
     parser.add_argument("--held-out", type=int, default=8, help="rows")
     arguments = parser.parse_args()
-    steps, held = arguments.steps, arguments.held_out
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.source)
-    ids = torch.tensor(tokenizer(arguments.text.read_text(), add_special_tokens=False)["input_ids"])
-    rows = ids[: len(ids) // TOKENS * TOKENS].view(-1, TOKENS)
-    if len(rows) < steps + held:
-        parser.error(f"the text has {len(rows)} rows of {TOKENS} tokens, {steps + held} are wanted: give more text.")
-    rows = rows[torch.linspace(0, len(rows) - 1, steps + held).long()]
-    is_held_out = torch.zeros(len(rows), dtype=torch.bool)
-    is_held_out[torch.linspace(1, len(rows) - 2, held).long()] = True
-    training, held_out = rows[~is_held_out], rows[is_held_out]
-
-    teacher = AutoModelForCausalLM.from_pretrained(arguments.source, dtype=torch.float32).eval()
-    table = [["the source itself", "", "", f"{nats(teacher, held_out).mean():.2f}", "", ""]]
-    with torch.inference_mode():
-        taught = [teacher(row[None], use_cache=False).logits[0].log_softmax(-1).bfloat16() for row in training]
-    healed, started = choices(teacher.config.num_hidden_layers)
-    del teacher
-    first = None
-    for name, choice in (healed | started).items():
-        start_s = time.perf_counter()
-        model = build(arguments.source, **choice)
-        config = model.config
-        row = [name, f"{config.num_self_decoder_layers} + {config.num_cross_decoder_layers}", config.num_iterations]
-        row.append(f"{nats(model, held_out).mean():.2f}")
-        if name in healed:
-            heal(model, training, taught)
-            after = nats(model, held_out)
-            first = after if first is None else first
-            error = (after - first).std() / len(after) ** 0.5
-            row += [f"{after.mean():.2f}", "" if after is first else f"{(after - first).mean():+.3f} ± {error:.3f}"]
-        table.append(row + [""] * (6 - len(row)))
-        print(*row, f"{time.perf_counter() - start_s:.0f} s", sep=" | ", file=sys.stderr, flush=True)
-    note = f"Rows of {TOKENS} tokens, W = {WINDOW}, float32. Held out: {held * (TOKENS - 1)} tokens. "
-    note += (
-        f"Healing: {steps} steps of a row ({steps * TOKENS} tokens), AdamW at {LEARNING_RATE}. ±: standard error over "
-    )
-    note += "the held-out rows."
-    header = ["start", "S + C", "T", "nats a token at the start", "after healing", "against the first"]
-    print_table("Upcycling", note, header, table)
+    publish(measure(arguments.source, arguments.text, arguments.steps, arguments.held_out))
 
 
 if __name__ == "__main__":

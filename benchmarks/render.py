@@ -1,0 +1,132 @@
+"""Results as Markdown and pictures: what stands between markers in the READMEs comes from benchmarks/results alone.
+
+<!-- results: prefill -->
+one section for each machine that has a result
+<!-- end -->
+"""
+
+import hashlib
+import re
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.registry import TABLES
+from benchmarks.results import FOLDER, ROOT, Result
+
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+BLOCK = re.compile(r"(<!-- results: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+WIDTH = 120
+SOURCE = "Source"  # of a picture: the digest of the result that it shows
+SIZE_INCHES, DOTS_PER_INCH = (13, 4.6), 110
+
+
+def markdown(header: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table, without the columns that are empty in every row."""
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"{len(row)} cells under {len(header)} headings: {row}")
+    kept = [i for i in range(len(header)) if any(row[i] != "" for row in rows)]
+    lines = [[header[i] for i in kept], *([row[i] for i in kept] for row in rows)]
+    head, *body = [f"| {' | '.join(str(cell) for cell in line)} |" for line in lines]
+    return "\n".join([head, f"|{'---|' * len(kept)}", *body])
+
+
+def section(result: Result) -> str:
+    """What was measured where, and the table."""
+    table = TABLES[result.table]
+    versions = result.environment.get("versions", {})
+    parts = [f"{package} {versions[package]}" for package in ("vllm", "torch") if versions.get(package)]
+    parts += [result.date, f"commit {result.commit}"]
+    where = f"**{result.machine}** ({', '.join(parts)})"
+    note = textwrap.fill(f"{where}: {table.note(result)} {result.remark}".strip(), WIDTH, break_on_hyphens=False)
+    return f"{note}\n\n{markdown(*table.rows(result))}"
+
+
+def block(name: str, page: Path) -> str:
+    """A section for each machine, each with its picture, for a page whose links start from its folder."""
+    sections = []
+    for result in Result.all_of(name):
+        sections.append(section(result))
+        if TABLES[name].draw is not None:
+            link = picture(result).relative_to(page.parent)
+            sections.append(f"![{TABLES[name].picture}, {result.machine}]({link})")
+    return "\n\n".join(sections)
+
+
+def rendered(page: Path) -> str:
+    """The page's text with every block as the results have it."""
+
+    def fill(found: re.Match[str]) -> str:
+        name = found[2]
+        if name not in TABLES:
+            raise LookupError(f"{page.name} has a block of results '{name}', which is not a table.")
+        return f"{found[1]}\n{block(name, page)}\n\n{found[3]}"
+
+    return BLOCK.sub(fill, page.read_text())
+
+
+def results() -> list[Result]:
+    return [Result.load(path) for path in sorted(FOLDER.glob("*/*.json"))]
+
+
+def picture(result: Result) -> Path:
+    return result.path.with_suffix(".png")
+
+
+def digest(result: Result) -> str:
+    return hashlib.sha256(result.path.read_bytes()).hexdigest()
+
+
+def draw(result: Result) -> None:
+    """The picture of a result that has one; it carries the result's digest."""
+    from matplotlib.figure import Figure  # takes a second, which only pictures need
+
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    show: Callable[[Result, Any], None] | None = TABLES[result.table].draw
+    assert show is not None
+    show(result, figure)
+    figure.savefig(picture(result), dpi=DOTS_PER_INCH, metadata={SOURCE: digest(result)})
+
+
+def is_drawn(result: Result) -> bool:
+    """The picture is there and shows this result."""
+    path = picture(result)
+    return path.exists() and f"{SOURCE}\0{digest(result)}".encode() in path.read_bytes()
+
+
+def pictured() -> list[Result]:
+    return [result for result in results() if TABLES[result.table].draw is not None]
+
+
+def mistakes() -> list[str]:
+    """A sentence for each page and picture that does not follow from the results, and for each result nobody sees."""
+    found = []
+    shown: set[str] = set()
+    for page in PAGES:
+        text = page.read_text()
+        shown |= {name for _, name, _ in BLOCK.findall(text)}
+        if rendered(page) != text:
+            found.append(f"{page.relative_to(ROOT)} differs from benchmarks/results.")
+    found += [f"{picture(result).name} of {result.machine} shows another result." for result in stale_pictures()]
+    hidden = dict.fromkeys(result.table for result in results() if result.table not in shown)
+    return found + [f"no page has a block for the results of {name}." for name in hidden]
+
+
+def stale_pictures() -> list[Result]:
+    return [result for result in pictured() if not is_drawn(result)]
+
+
+def write() -> list[Path]:
+    """Rewrite the blocks and draw the pictures that are out of date; what was written."""
+    written = []
+    for page in PAGES:
+        text = rendered(page)
+        if text != page.read_text():
+            page.write_text(text)
+            written.append(page)
+    for result in stale_pictures():
+        draw(result)
+        written.append(picture(result))
+    return written

@@ -1,0 +1,55 @@
+"""A `Table` says what can be measured, and how a recorded `Result` becomes rows; it measures nothing.
+
+Nothing in this package imports torch or vLLM: rows, notes and pictures come from the recorded values alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.results import Result
+
+Rows = tuple[list[str], list[list[Any]]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Attributes:
+
+    name: of its results' files.
+    about: what it shows, in a few words.
+    needs: what must be there: arguments, GPU, network, cores.
+    takes: how long it takes on two cores.
+    rows: the header and rows of a result.
+    note: what was measured, in sentences, from a result's settings.
+    module: of benchmarks/, that measures it; its name where it is "".
+    arguments: of that module, which choose this table.
+    by_default: `python -m benchmarks` runs it.
+    draw: draws a result into a matplotlib figure.
+    picture: its text for readers who do not see it.
+    """
+
+    name: str
+    about: str
+    needs: str
+    takes: str
+    rows: Callable[[Result], Rows]
+    note: Callable[[Result], str]
+    module: str = ""
+    arguments: tuple[str, ...] = ()
+    by_default: bool = True
+    draw: Callable[[Result, Any], None] | None = None
+    picture: str = ""
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        return (f"benchmarks.{self.module or self.name}", *self.arguments)
+
+
+def cell(value: float | None, form: str = "", unit: str = "") -> str:
+    """A number in a table; "" where there is none."""
+    return "" if value is None else f"{value:{form}}{unit}"
+
+
+def over(above: float | None, below: float | None) -> float | None:
+    return None if above is None or below is None else above / below
