@@ -2,8 +2,10 @@
 
 from benchmarks.engine import block_bytes, config, core, start  # isort: skip
 import time
+from typing import Any
 
 from vllm import SamplingParams
+from vllm.inputs import TokensPrompt
 
 from benchmarks.console import progress, publish
 from benchmarks.results import Result
@@ -16,8 +18,9 @@ SHAPE = "57M"
 class Prompt:
     """One engine; the chunk is the scheduler's budget of a step."""
 
-    def __init__(self):
-        settings = dict(max_model_len=TOKENS + 1, max_num_seqs=4, max_num_batched_tokens=max(CHUNKS) + 1)
+    def __init__(self) -> None:
+        settings: dict[str, Any] = dict(max_model_len=TOKENS + 1, max_num_seqs=4)
+        settings |= dict(max_num_batched_tokens=max(CHUNKS) + 1)
         self.llm = start(config(SHAPE), kv_cache_memory_bytes=2 << 30, **settings)
         self.scheduler = core(self.llm).scheduler
         assert self.scheduler.max_num_scheduled_tokens > max(CHUNKS)
@@ -30,7 +33,7 @@ class Prompt:
         free = least = pool.get_num_free_blocks()
         allocate = self.scheduler.kv_cache_manager.allocate_slots
 
-        def watched(*args, **kwargs):
+        def watched(*args: Any, **kwargs: Any) -> Any:
             nonlocal least
             blocks = allocate(*args, **kwargs)
             least = min(least, pool.get_num_free_blocks())
@@ -39,7 +42,7 @@ class Prompt:
         self.scheduler.kv_cache_manager.allocate_slots = watched
         start_s = time.perf_counter()
         parameters = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-        self.llm.generate([{"prompt_token_ids": [5] * TOKENS}], parameters, use_tqdm=False)
+        self.llm.generate([TokensPrompt(prompt_token_ids=[5] * TOKENS)], parameters, use_tqdm=False)
         seconds = time.perf_counter() - start_s
         self.scheduler.kv_cache_manager.allocate_slots = allocate
         return seconds, (free - least) * self.block_bytes / 2**20

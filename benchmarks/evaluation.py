@@ -22,6 +22,7 @@ TRAINED = ROOT / "examples" / "yoco-u-kjv"
 OWN = ("kjv_next_verse", "kjv_last_word")
 COMMON = ("piqa_local", "boolq_local")
 RULER = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
+OF_LLAMA = (*COMMON, RULER[0])  # of RULER what a model of this size answers at all
 RULER_TOKENS = 1024
 CONTEXT = 2048
 # vLLM finds the plugin by itself; transformers has to be told of the architecture.
@@ -97,19 +98,16 @@ def add(result: Result, model: str, sides: dict[str, Evaluated]) -> None:
 
 def measure(limit: int, llama: Path | None) -> Result:
     result = Result.here("evaluation", dtype="float32", limit=limit, ruler_tokens=RULER_TOKENS)
-    tasks = OWN + COMMON + RULER
     sides = {}
     for by in ("hf", "vllm"):
         progress(f"{TRAINED.name} by {by}")
-        sides[by] = evaluate(TRAINED, by, tasks, limit)
+        sides[by] = evaluate(TRAINED, by, (*OWN, *COMMON, *RULER), limit)
     add(result, TRAINED.name, sides)
     if llama:
-        # Of RULER what a model of this size answers at all.
-        tasks = COMMON + RULER[:1]
         sides = {}
         for by, environment in (("vllm, no plugins", {"VLLM_PLUGINS": ""}), ("vllm", {})):
             progress(f"{llama.name} by {by}")
-            sides[by] = evaluate(llama, "vllm", tasks, limit, environment)
+            sides[by] = evaluate(llama, "vllm", OF_LLAMA, limit, environment)
         add(result, llama.name, sides)
     return result
 

@@ -7,7 +7,7 @@ Runs `vllm-yocou upcycle` and examples/training/distill.py as a user does, then 
 not of this table are distill.py's: --precision bfloat16 --batch 8 --accumulate 1 on a GPU.
 """
 
-from benchmarks.engine import SHARE, block_bytes, decoding, step_s
+from benchmarks.engine import block_bytes, decoding, step_s
 
 import argparse  # isort: skip
 import json
@@ -18,6 +18,7 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -76,8 +77,10 @@ def scores(model: Path, limit: int) -> dict[str, float]:
 
 def serve(models: list[Path]) -> list[tuple[int, list[float]]]:
     """KV bytes of a request of KV_TOKENS, and seconds of the decode steps of one of CONTEXT, model by model."""
-    settings = dict(dtype="float32", max_model_len=KV_TOKENS, max_num_seqs=1, kv_cache_memory_bytes=1 << 30)
-    settings |= dict(enforce_eager=not torch.cuda.is_available(), enable_prefix_caching=False) | SHARE
+    settings: dict[str, Any] = dict(
+        dtype="float32", max_model_len=KV_TOKENS, max_num_seqs=1, kv_cache_memory_bytes=1 << 30
+    )
+    settings |= dict(enforce_eager=not torch.cuda.is_available(), enable_prefix_caching=False)
     engines = [LLM(str(model), **settings) for model in models]
     taken: list[list[float]] = [[] for _ in engines]
     with ExitStack() as stack:
@@ -97,22 +100,22 @@ def measure(source: Path, text: Path, steps: int, limit: int, folder: Path, more
         progress(f"upcycling and healing, T = {t}")
         made[t] = make(source, text, folder, t, steps, more)
     one = next(iter(made.values())).report
-    sizes = dict(source=source.name, window=WINDOW, steps=steps, limit=limit, ruler_tokens=RULER_TOKENS)
+    sizes: dict[str, Any] = dict(source=source.name, window=WINDOW, steps=steps, limit=limit, ruler_tokens=RULER_TOKENS)
     sizes |= dict(training_tokens=one["training_tokens"], held_out_tokens=one["held_out_tokens"])
     sizes |= dict(kv_tokens=KV_TOKENS, context=CONTEXT, decode_steps=ROUNDS * STEPS, dtype="float32")
     result = Result.here("healing", **sizes, arguments=more)
 
-    def add(perplexity: float, model: Path, **of: Key) -> None:
+    def add(perplexity: float, folder: Path, **of: Key) -> None:
         progress(f"lm-eval, {', '.join(map(str, of.values()))}")
         result.add("held-out perplexity", "", perplexity, **of)
-        for name, score in scores(model, limit).items():
+        for name, score in scores(folder, limit).items():
             result.add(name, "", score, **of)
 
     add(one["held_out_perplexity"]["source"], source, model=SOURCE)
-    for t, model in made.items():
-        perplexity = model.report["held_out_perplexity"]
-        add(perplexity["before"], model.start, model="after initialisation", T=t)
-        add(perplexity["after"], model.healed, model="after healing", T=t)
+    for t, each in made.items():
+        perplexity = each.report["held_out_perplexity"]
+        add(perplexity["before"], each.start, model="after initialisation", T=t)
+        add(perplexity["after"], each.healed, model="after healing", T=t)
     progress("decode steps in vLLM")
     of_all: list[dict[str, Key]] = [dict(model=SOURCE), *(dict(T=t) for t in made)]
     costs = serve([source, *(model.healed for model in made.values())])

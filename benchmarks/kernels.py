@@ -18,7 +18,7 @@ from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_
 from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
 from benchmarks.console import progress, publish
-from benchmarks.results import Result
+from benchmarks.results import Key, Result
 from vllm_yocou.kernels.arguments import Batch, Rotation
 from vllm_yocou.kernels.cross_attention import cross_attention
 from vllm_yocou.kernels.global_write import global_write
@@ -234,7 +234,7 @@ def compare(
             if held > POOL_BYTES:
                 continue
             progress(f"{kernel}, {requests} requests, {context} tokens")
-            point = dict(kernel=kernel, requests=requests, context=context)
+            point: dict[str, Key] = dict(kernel=kernel, requests=requests, context=context)
             sets = max(1, min(COLD_BYTES // moved, MOST_SETS, POOL_BYTES // held))
             made = [kind(requests, context, torch.bfloat16) for _ in range(sets)]
             for name, runs in times_us(made).items():

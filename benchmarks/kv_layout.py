@@ -1,6 +1,8 @@
 """KV cache groups and bytes: one group a layer and iteration, packed, and the formula, read from vLLM's block pool."""
 
 from benchmarks.engine import LAYOUTS, block_bytes, config, core, start, stop  # isort: skip
+from typing import Any
+
 from vllm import LLM, SamplingParams
 from vllm.v1.request import Request
 
@@ -36,7 +38,7 @@ def measure() -> Result:
         cfg = config(shape, hidden_size=64, intermediate_size=64)
         for layout, options in LAYOUTS.items():
             progress(f"{shape}, {NAMES[layout]}")
-            settings = dict(dtype="bfloat16", max_model_len=LENGTHS[-1], max_num_batched_tokens=CHUNK)
+            settings: dict[str, Any] = dict(dtype="bfloat16", max_model_len=LENGTHS[-1], max_num_batched_tokens=CHUNK)
             llm = start(cfg, kv_cache_memory_bytes=1 << 30, additional_config={"yocou": options}, **settings)
             groups = core(llm).scheduler.kv_cache_config.kv_cache_groups
             of = dict(shape=shape, layout=NAMES[layout])

@@ -2,6 +2,7 @@
 
 from benchmarks.engine import config, prompt_s, runner, start  # isort: skip
 from contextlib import contextmanager
+from typing import Any
 
 from benchmarks.console import progress, publish
 from benchmarks.results import Result
@@ -25,7 +26,7 @@ def flops(cfg, tokens: int, rows: int) -> float:
 
 class Prefill:
     def __init__(self, cfg):
-        settings = dict(max_model_len=max(ROUNDS) + 1, max_num_seqs=4)
+        settings: dict[str, Any] = dict(max_model_len=max(ROUNDS) + 1, max_num_seqs=4)
         self.llm = start(cfg, kv_cache_memory_bytes=2 << 30, **settings)
         self.model = runner(self.llm).model.model
         groups = [group for groups in runner(self.llm).attn_groups for group in groups]

@@ -23,7 +23,7 @@ class Engine:
     def __init__(self, options: dict[str, Any]):
         # The model's width costs time that this table does not show.
         cfg = config(SHAPE, hidden_size=64, intermediate_size=64, num_attention_heads=4, head_dim=32)
-        settings = dict(max_model_len=4096, max_num_seqs=max(BATCHES), max_num_batched_tokens=1024)
+        settings: dict[str, Any] = dict(max_model_len=4096, max_num_seqs=max(BATCHES), max_num_batched_tokens=1024)
         self.llm = start(cfg, kv_cache_memory_bytes=2 << 30, additional_config={"yocou": options}, **settings)
         self.core, self.groups = core(self.llm), len(core(self.llm).scheduler.kv_cache_config.kv_cache_groups)
         self.inside, self.scheduling, self.preparing = Stopwatch(), Stopwatch(), Stopwatch()

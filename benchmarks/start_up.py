@@ -38,6 +38,7 @@ def seconds(cache: str, iterations: int, eager: bool = False) -> list[float]:
         text=True,
         start_new_session=True,
     )
+    assert process.stdout is not None
     for line in process.stdout:
         for words in ("Warming up model", "Warming up done", READY):
             if words in line:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from vllm import LLM
 
@@ -38,7 +39,9 @@ def train(corpus: Path, output: Path, iterations: int, steps: int) -> dict:
 
 def serve(folders: dict[int, Path], result: Result) -> None:
     """Add what each T costs: seconds of a prompt and of a decode step, and the KV cache of a prompt's tokens."""
-    settings = dict(dtype="float32", max_model_len=2048, max_num_seqs=BATCH, kv_cache_memory_bytes=128 << 20) | SHARE
+    settings: dict[str, Any] = (
+        dict(dtype="float32", max_model_len=2048, max_num_seqs=BATCH, kv_cache_memory_bytes=128 << 20) | SHARE
+    )
     settings |= dict(enforce_eager=True, enable_prefix_caching=False)
     engines = {t: LLM(str(folder), **settings) for t, folder in folders.items()}
     prompts: dict[int, list[float]] = {t: [] for t in engines}

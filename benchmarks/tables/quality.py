@@ -162,9 +162,11 @@ SENT = ("sent", "answered", "left by the client", "tokens compared")
 
 
 def soak_rows(result: Result) -> Rows:
-    kinds = {kind: [result.median(name, requests=kind) or 0 for name in SENT] for kind in result.keys("requests")}
+    kinds: dict[str, list[float]] = {
+        kind: [result.median(name, requests=kind) or 0 for name in SENT] for kind in result.keys("requests")
+    }
     totals = [sum(column) for column in zip(*kinds.values(), strict=True)]
-    return ["requests", *SENT], [[kind, *(f"{n:,}" for n in row)] for kind, row in [*kinds.items(), ("all", totals)]]
+    return ["requests", *SENT], [[kind, *(f"{n:,}" for n in row)] for kind, row in (kinds | {"all": totals}).items()]
 
 
 def soak_note(result: Result) -> str:
