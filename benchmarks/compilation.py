@@ -3,18 +3,20 @@
 from benchmarks.engine import Stopwatch, config, decoding, prompt_s, runner, start  # isort: skip
 import time
 from contextlib import ExitStack
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile
 from vllm import LLM
+from vllm.config import VllmConfig
 
 from benchmarks.console import progress, publish
 from benchmarks.results import Result
 from vllm_yocou.serving import model
 from vllm_yocou.serving.compilation import compiled_unit
-from vllm_yocou.serving.model import Decoder, SelfDecoderLayer
+from vllm_yocou.serving.model import SelfDecoderLayer
 
 BATCHES = (1, 8)
 ROUNDS, STEPS, PROFILED = 12, 10, 4
@@ -24,25 +26,27 @@ NAMES = {"eager": "eager", "unrolled": "compiled unrolled", "once": "compiled on
 
 
 @compiled_unit(positions_N=0, x_ND=0)
-class UnrolledSelfDecoder(Decoder):
+class UnrolledSelfDecoder(torch.nn.Module):
     """All T passes in one compiled graph, as vLLM compiles a loop by itself."""
 
-    def __init__(self, *, vllm_config, prefix, cache_prefix):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str, cache_prefix: str) -> None:
+        super().__init__()
         cfg = vllm_config.model_config.hf_config
-        super().__init__(
+        self.layers = torch.nn.ModuleList(
             SelfDecoderLayer(vllm_config, i, f"{prefix}.layers.{i}", cache_prefix)
             for i in range(cfg.num_self_decoder_layers)
         )
         self.iterations = [torch.tensor(t) for t in range(cfg.num_iterations)]
 
-    def forward(self, positions_N, x_ND, iteration):
+    def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor, iteration: torch.Tensor) -> torch.Tensor:
         for t in self.iterations:
-            x_ND = super().forward(positions_N, x_ND, t)
+            for layer in self.layers:
+                x_ND = layer(positions_N, x_ND, t)
         return x_ND
 
 
-def engine(way: str):
-    settings = dict(max_model_len=4096, max_num_seqs=max(BATCHES), kv_cache_memory_bytes=512 << 20)
+def engine(way: str) -> LLM:
+    settings: dict[str, Any] = dict(max_model_len=4096, max_num_seqs=max(BATCHES), kv_cache_memory_bytes=512 << 20)
     mode = 0 if way == "eager" else 3
     if way != "unrolled":
         return start(config(SHAPE), compilation_config={"mode": mode}, **settings)
@@ -63,7 +67,7 @@ def kind(name: str) -> str | None:
     return "products" if name in ("_C::onednn_mm", "aten::mm", "aten::addmm", "aten::linear") else "other native"
 
 
-def native_ms(llm) -> dict[str, float]:
+def native_ms(llm: LLM) -> dict[str, float]:
     """Milliseconds a step inside native code, by kind."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(PROFILED):
@@ -78,12 +82,12 @@ def native_ms(llm) -> dict[str, float]:
 class Clock:
     """Time inside the model and its head, so that the rest of a step can be told."""
 
-    def __init__(self, llm):
+    def __init__(self, llm: LLM) -> None:
         self.inside, model = Stopwatch(), runner(llm).model
         model.forward = self.inside.timed(model.forward)
         model.compute_logits = self.inside.timed(model.compute_logits)
 
-    def step_ms(self, llm) -> tuple[float, float]:
+    def step_ms(self, llm: LLM) -> tuple[float, float]:
         """Milliseconds of a step, and of them around the model."""
         self.inside.s, start_s = 0.0, time.perf_counter()
         llm.llm_engine.step()

@@ -1,4 +1,4 @@
-"""YOCO-U beside what people would serve instead, in the same vLLM: Transformers, and looped models as vLLM has them.
+"""YOCO-U compared with what people would serve instead, in the same vLLM: Transformers, and looped models as vLLM has them.
 
 Peers have the width, heads and feed-forward of YOCO-U. One Transformer has as many layers as YOCO-U has layer passes,
 S·T + C, one as many as it stores, S + C. The looped ones are YOCO-U with a KV cache group for each cache, and vLLM's
@@ -78,7 +78,7 @@ PAPER_GPU_BYTES = 125 << 30
 STEPS, ROUNDS = 8, 3
 
 
-def peers(sizes: Sizes) -> dict[str, tuple[PretrainedConfig, dict]]:
+def peers(sizes: Sizes) -> dict[str, tuple[PretrainedConfig, dict[str, Any]]]:
     """Config and engine settings by name."""
     ours = config(sizes.shape, **sizes.changed)
     layers, passes = ours.num_hidden_layers, ours.num_iterations * ours.num_self_decoder_layers

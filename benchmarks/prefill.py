@@ -1,17 +1,19 @@
-"""Prefill with and without skipping the cross-decoder, beside the ceiling: the self-decoder and the head alone."""
+"""Prefill with and without skipping the cross-decoder, compared with the ceiling: the self-decoder and the head alone."""
 
 from benchmarks.engine import config, prompt_s, runner, start  # isort: skip
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from benchmarks.console import progress, publish
 from benchmarks.results import Result
+from vllm_yocou.config import YocoUConfig
 
 ROUNDS = {512: 15, 4096: 5, 16384: 3}
 SHAPE = "57M"
 
 
-def flops(cfg, tokens: int, rows: int) -> float:
+def flops(cfg: YocoUConfig, tokens: int, rows: int) -> float:
     """Multiply-adds times two of a prompt of which `rows` go through the cross-decoder; the head sees one row."""
     D, F, d, dc = cfg.hidden_size, cfg.intermediate_size, cfg.head_dim, cfg.cross_head_dim
     heads, kv_heads, cross_heads = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.cross_num_attention_heads
@@ -25,7 +27,9 @@ def flops(cfg, tokens: int, rows: int) -> float:
 
 
 class Prefill:
-    def __init__(self, cfg):
+    """An engine whose prompts run in three ways."""
+
+    def __init__(self, cfg: YocoUConfig) -> None:
         settings: dict[str, Any] = dict(max_model_len=max(ROUNDS) + 1, max_num_seqs=4)
         self.llm = start(cfg, kv_cache_memory_bytes=2 << 30, **settings)
         self.model = runner(self.llm).model.model
@@ -34,7 +38,7 @@ class Prefill:
         (self.builder,) = (builder for builder in builders if hasattr(builder, "selector"))
 
     @contextmanager
-    def every_row(self):
+    def every_row(self) -> Iterator[None]:
         self.builder.selector.may_skip = False
         try:
             yield
@@ -42,13 +46,13 @@ class Prefill:
             self.builder.selector.may_skip = True
 
     @contextmanager
-    def skipping(self):
+    def skipping(self) -> Iterator[None]:
         yield
 
     @contextmanager
-    def self_decoder_alone(self):
+    def self_decoder_alone(self) -> Iterator[None]:
         forward = self.model.cross_decoder.forward
-        self.model.cross_decoder.forward = lambda positions_N, x_ND, source: x_ND
+        self.model.cross_decoder.forward = lambda positions_M, x_MD, *_: x_MD
         try:
             yield
         finally:

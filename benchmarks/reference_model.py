@@ -1,4 +1,4 @@
-"""The served model beside transformers' generate() of the reference model: the same shape, prompts and thread count."""
+"""The served model compared with transformers' generate() of the reference model: the same shape, prompts and thread count."""
 
 from benchmarks.engine import config, decoding, start, step_s
 
@@ -23,7 +23,7 @@ STEPS, ROUNDS = 32, 3
 class Clock(StoppingCriteria):
     """The time of each new token of generate(), which asks after each whether to stop: never."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.at_s: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:

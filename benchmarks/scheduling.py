@@ -20,7 +20,7 @@ STEPS, ROUNDS = 30, 5
 class Engine:
     """An engine whose model's part of a step is timed apart."""
 
-    def __init__(self, options: dict[str, Any]):
+    def __init__(self, options: dict[str, Any]) -> None:
         # The model's width costs time that this table does not show.
         cfg = config(SHAPE, hidden_size=64, intermediate_size=64, num_attention_heads=4, head_dim=32)
         settings: dict[str, Any] = dict(max_model_len=4096, max_num_seqs=max(BATCHES), max_num_batched_tokens=1024)

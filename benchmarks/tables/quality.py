@@ -162,11 +162,11 @@ SENT = ("sent", "answered", "left by the client", "tokens compared")
 
 
 def soak_rows(result: Result) -> Rows:
-    kinds: dict[str, list[float]] = {
-        kind: [result.median(name, requests=kind) or 0 for name in SENT] for kind in result.keys("requests")
-    }
-    totals = [sum(column) for column in zip(*kinds.values(), strict=True)]
-    return ["requests", *SENT], [[kind, *(f"{n:,}" for n in row)] for kind, row in (kinds | {"all": totals}).items()]
+    counts: dict[Any, list[float]] = {}
+    for kind in result.keys("requests"):
+        counts[kind] = [result.median(name, requests=kind) or 0 for name in SENT]
+    counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
+    return ["requests", *SENT], [[kind, *(f"{n:,}" for n in row)] for kind, row in counts.items()]
 
 
 def soak_note(result: Result) -> str:
