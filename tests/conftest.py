@@ -1,4 +1,4 @@
-"""Settings that every test needs before torch starts its threads, and the one server that the online tests share."""
+"""Settings that every test needs before torch starts its threads, and fixtures that several modules share."""
 
 import logging
 import os
@@ -12,16 +12,36 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
+pytest_plugins = ["harness.tiers", "harness.runners", "harness.figures"]
 
-def pytest_terminal_summary(terminalreporter):
-    from harness.oracle import checked
 
-    if checked:
-        terminalreporter.section("served model against the reference, float32")
-        for test, difference, compared, rounding in checked:
-            terminalreporter.write_line(
-                f"|Δlogprob| <= {difference:.1e} of {compared:5} values, reference's rounding {rounding:.1e}: {test}"
-            )
+@pytest.fixture(autouse=True)
+def environment():
+    """What a test, or a module that it imports, sets in the environment ends with it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def engine():
+    """Starts vLLM engines in this process, `engine(folder, **settings)`, which end with the test."""
+    from harness.engines import Engines
+
+    engines = Engines()
+    yield engines
+    engines.stop()
+
+
+@pytest.fixture(scope="module")
+def module_engine():
+    """As `engine`, for a module's fixtures."""
+    from harness.engines import Engines
+
+    engines = Engines()
+    yield engines
+    engines.stop()
 
 
 @pytest.fixture
@@ -36,6 +56,7 @@ def lines(monkeypatch) -> list[str]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
+    """The trained checkpoint's, which all online tests share."""
     from harness.checkout import serving
 
     with serving(tmp_path_factory.mktemp("server")) as started:

@@ -35,7 +35,7 @@ class Model:
     check_tokens = Reference.check_tokens
 
 
-def test_a_minute_of_mixed_clients(tmp_path):
+def test_a_minute_of_mixed_clients(starts_vllm, both_cores, nightly, tmp_path):
     with serving([VLLM, "serve", str(soak.CHECKPOINT), *soak.SETTINGS.split()], tmp_path / "log") as server:
         with pytest.raises(LookupError, match="vllm:nothing_of_this_name is not among"):
             server.metric("vllm:nothing_of_this_name")

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -15,17 +14,9 @@ from harness.llamas import save_material, upcycle
 from vllm.distributed import cleanup_dist_env_and_memory
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    """What benchmarks.engine sets on import stays in this module: a server's log has to say when it is ready."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_LOGGING_LEVEL", os.environ.get("VLLM_LOGGING_LEVEL", "INFO"))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def torn_down():
-    """An engine that is collected later takes the parallel groups of the next one with it."""
+@pytest.fixture
+def starts_vllm(starts_vllm):
+    """A table's engines are gone when it ends: one that is collected later takes the groups of the next one with it."""
     yield
     gc.collect()
     cleanup_dist_env_and_memory()
@@ -56,10 +47,10 @@ def assert_ratio(ratio: str, above: str, below: str) -> None:
     )
 
 
-def test_peers(monkeypatch, tmp_path, capsys):
+def test_peers(starts_vllm, nightly, monkeypatch, tmp_path, capsys):
     from benchmarks import peers
     from benchmarks.engine import config
-    from vllm_yocou.cli.kv_bytes import KVBytes
+    from vllm_yocou.cli.sizing import KVBytes
 
     lengths, batches = (100, 2000), (1, 2)
     small = peers.Sizes("yoco-u-kjv", "float32", dict.fromkeys(lengths, 1), batches, 2000, 1 << 30, "peers.png", {})
@@ -88,7 +79,7 @@ def test_peers(monkeypatch, tmp_path, capsys):
 def test_pools_of_peers_hold_what_is_measured():
     """Of the paper's shape too, which no machine without a GPU starts."""
     from benchmarks import peers
-    from vllm_yocou.cli.kv_bytes import KVBytes
+    from vllm_yocou.cli.sizing import KVBytes
 
     for sizes in (peers.SMALL, peers.PAPER):
         longest = max(sizes.prompts) + peers.MARGIN
@@ -120,7 +111,7 @@ def test_ratios_of_peers_name_the_papers():
     assert theirs[5:] == ["0.50x", "does not fit", "(paper 1.10x)", "4.0 MiB", "0.25x (paper 0.10x)", 256]
 
 
-def test_reference_model(monkeypatch, capsys):
+def test_reference_model(starts_vllm, nightly, monkeypatch, capsys):
     from benchmarks import reference_model
 
     for name, value in dict(SHAPE="yoco-u-kjv", PROMPTS=(70,), BATCHES=(1, 2), STEPS=3, ROUNDS=1).items():
@@ -133,7 +124,7 @@ def test_reference_model(monkeypatch, capsys):
         assert_ratio(row[7], row[6], row[5])
 
 
-def test_t_sweep(monkeypatch, tmp_path, capsys):
+def test_t_sweep(starts_vllm, nightly, monkeypatch, tmp_path, capsys):
     """Checkpoints that are there are not trained again: here the trained one, which 3 and 1 iterations share."""
     from benchmarks import t_sweep
 
@@ -177,11 +168,11 @@ def test_answers_are_compared():
 
     assert alike([[-1.0, -2.0], [-3.0]], [[-1.0, -2.25], [-3.0]]) == "log-likelihoods within 2.5e-01"
     assert alike([["a"], ["b"]], [["a"], ["c"]]) == "1 of 2 texts the same"
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="zip"):
         alike([["a"], ["b"]], [["a"]])
 
 
-def test_upcycling(monkeypatch, tmp_path, capfd):
+def test_upcycling(starts_vllm, nightly, monkeypatch, tmp_path, capfd):
     """Each choice in the order of the table, those that are healed better for it; a start is what upcycle writes."""
     from benchmarks import upcycling
     from vllm_yocou.reference import YocoUForCausalLM
@@ -207,7 +198,7 @@ def test_upcycling(monkeypatch, tmp_path, capfd):
     assert table[0][5] == "" and all("±" in row[5] for row in table[1 : len(healed)])
 
 
-def test_healing(monkeypatch, tmp_path, capfd):
+def test_healing(starts_vllm, nightly, monkeypatch, tmp_path, capfd):
     """All but lm-eval: made, healed, served. What is there is not made again."""
     from benchmarks import healing
 

@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from harness.checkout import ROOT, TRAINED
-from transformers import AutoTokenizer
 
 from benchmarks.server import user_environment
-from vllm_yocou.reference import YocoUForCausalLM
 
 LIMIT = 12
 MODEL_ARGUMENTS = (
@@ -36,17 +34,7 @@ def run(*command: str, **settings) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def reference():
-    return YocoUForCausalLM.from_pretrained(TRAINED, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(TRAINED)
-
-
-def test_offline_generates_what_the_reference_generates(reference, tokenizer):
+def test_offline_generates_what_the_reference_generates(starts_vllm, reference, tokenizer):
     prompts = ["In the beginning", "And Jesus said unto them,"]
     printed = run(sys.executable, "examples/inference/offline.py", TRAINED, *prompts)
     for prompt in prompts:
@@ -76,7 +64,7 @@ def test_chat_says_when_there_is_no_server():
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory) -> dict:
+def evaluated(starts_vllm, nightly, tmp_path_factory) -> dict:
     """All tasks of examples/evaluation in one engine start: task -> (results, samples)."""
     run(sys.executable, "examples/evaluation/fetch.py")
     folder = tmp_path_factory.mktemp("lm_eval")

@@ -78,7 +78,7 @@ def check(rows: list[dict], answered: list[dict]) -> None:
         assert by_id[row["id"]]["completion"] == tokenizer.decode(expected, skip_special_tokens=True)
 
 
-def test_no_row_is_lost_or_doubled(rows, tmp_path):
+def test_no_row_is_lost_or_doubled(starts_vllm, both_cores, nightly, rows, tmp_path):
     """A replica is killed and replaced, the whole run is interrupted, then it goes on."""
     source, destination = tmp_path / "rows.jsonl", tmp_path / "answers"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -100,7 +100,7 @@ def test_no_row_is_lost_or_doubled(rows, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def ray_batch():
+def ray_batch(both_cores):
     specification = importlib.util.spec_from_file_location("ray_batch", EXAMPLE)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)

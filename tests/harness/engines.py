@@ -1,38 +1,75 @@
-"""Engines in this process, where scheduler and runner can be looked at."""
+"""Engines in this process, where scheduler and runner can be looked at; each ends with what asked for it."""
 
-import gc
-
-from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
+from pathlib import Path
+from typing import Any
 
 CHUNK = 37
 CONTEXT = 1024
+DEFAULTS = dict(
+    skip_tokenizer_init=True,
+    dtype="float32",
+    max_model_len=CONTEXT,
+    max_num_batched_tokens=CHUNK,
+    max_num_seqs=8,
+    kv_cache_memory_bytes=64 << 20,
+    disable_log_stats=False,
+    compilation_config={"mode": 0},  # test_compilation.py has compiled ones
+)
 
 
-def start(folder, **settings) -> LLM:
-    defaults = dict(
-        skip_tokenizer_init=True,
-        dtype="float32",
-        max_model_len=CONTEXT,
-        max_num_batched_tokens=CHUNK,
-        max_num_seqs=8,
-        disable_log_stats=False,
-        compilation_config={"mode": 0},  # test_compilation.py has compiled ones
-    )
-    return LLM(str(folder), **defaults | settings)
+class Engines:
+    """Starts vLLM engines by being called; `stop` leaves nothing of them that the next engine could meet.
+
+    Without it, the frames of a failed test keep an engine alive, which takes the parallel groups of a later one with it
+    when it is collected, and a start that failed leaves groups of its own.
+    """
+
+    def __init__(self) -> None:
+        self.started: list = []
+
+    def __call__(self, folder: Path | str, **settings: Any):
+        """A `vllm.LLM` over the checkpoint in `folder`; `settings` are those of `LLM`, over DEFAULTS."""
+        from vllm import LLM
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        try:
+            self.started.append(LLM(str(folder), **DEFAULTS | settings))
+        except BaseException:
+            if not self.started:
+                cleanup_dist_env_and_memory()
+            raise
+        return self.started[-1]
+
+    def stop(self) -> None:
+        """End all engines that were started, whoever still holds one."""
+        while self.started:
+            # It destroys the groups and collects garbage, which is not cheap; the engine itself may be collected later,
+            # since nothing is left for it to do then.
+            self.started.pop().llm_engine.engine_core.shutdown()
 
 
-def stop(llm: LLM) -> None:
-    del llm
-    gc.collect()
-    cleanup_dist_env_and_memory()
+def generate(llm, prompts: list[list[int] | dict], tokens: int = 12, **sampling: Any) -> list:
+    """Greedy completions of `tokens` tokens each, with the five best log probabilities; `sampling` comes on top.
 
+    Prompts are token ids, or what else vLLM takes.
+    """
+    from vllm import SamplingParams
 
-def generate(llm: LLM, prompts: list[list[int]], tokens: int = 12, **sampling):
     settings = dict(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=5, detokenize=False)
     parameters = SamplingParams(**settings | sampling)
-    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
+    inputs = [prompt if isinstance(prompt, dict) else {"prompt_token_ids": prompt} for prompt in prompts]
+    return llm.generate(inputs, parameters, use_tqdm=False)
 
 
-def metric(llm: LLM, name: str) -> float:
+def metric(llm, name: str) -> float:
+    """The sum over all engines that this process has had."""
     return sum(found.value for found in llm.get_metrics() if found.name == name)
+
+
+def kv_cache_config(llm):
+    """What vLLM's scheduler has decided: the groups of caches and the number of blocks."""
+    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+
+
+def model_runner(llm):
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner

@@ -19,6 +19,7 @@ from torch import nn
 from vllm.model_executor.layers.quantization.utils.quant_utils import awq_pack, gptq_pack, quantize_weights
 from vllm.scalar_type import scalar_types
 
+from harness import processor
 from vllm_yocou.reference import YocoUForCausalLM
 
 GROUP = 32  # inputs that share a scale, in four bits
@@ -37,10 +38,10 @@ def to_fp8(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Format:
-    """How a checkpoint is written, the dtype that vLLM wants on a CPU, and how activations are rounded, if they are."""
+    """How a checkpoint is written, the dtype that vLLM wants on this CPU, and how activations are rounded, if so."""
 
     write: Callable[[YocoUForCausalLM, Path], YocoUForCausalLM]
-    dtype: str
+    dtype: Callable[[], str]
     activations: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def save(self, model: YocoUForCausalLM, folder: Path) -> YocoUForCausalLM:
@@ -119,9 +120,9 @@ def packed(method: str) -> Callable:
 
 
 FORMATS = {
-    "compressed-tensors-w8a8": Format(compressed("W8A8"), "float32", to_int8),
-    "compressed-tensors-w4a16": Format(compressed("W4A16"), "bfloat16"),
-    "compressed-tensors-fp8": Format(compressed("FP8_DYNAMIC"), "float32", to_fp8),
-    "awq": Format(packed("awq"), "bfloat16"),
-    "gptq": Format(packed("gptq"), "bfloat16"),
+    "compressed-tensors-w8a8": Format(compressed("W8A8"), processor.w8a8_dtype, to_int8),
+    "compressed-tensors-w4a16": Format(compressed("W4A16"), lambda: "bfloat16"),
+    "compressed-tensors-fp8": Format(compressed("FP8_DYNAMIC"), lambda: "float32", to_fp8),
+    "awq": Format(packed("awq"), lambda: "bfloat16"),
+    "gptq": Format(packed("gptq"), lambda: "bfloat16"),
 }

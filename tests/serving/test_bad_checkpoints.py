@@ -11,7 +11,7 @@ import subprocess
 import pytest
 import torch
 from harness import tiny
-from harness.engines import generate, start, stop
+from harness.engines import generate
 from harness.oracle import Oracle
 from safetensors.torch import load_file, save_file
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -19,7 +19,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
 
 from benchmarks.server import READY, VLLM, free_port, user_environment
-from vllm_yocou.checkpoints.format import expected_shapes, verified
+from vllm_yocou.checkpoints.format import expected_shapes
+from vllm_yocou.checkpoints.verify import verified
 from vllm_yocou.reference import YocoUForCausalLM
 
 CONFIG = tiny.config(qk_norm="all")
@@ -38,10 +39,8 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def llm(whole):
-    started = start(whole, kv_cache_memory_bytes=16 << 20)
-    yield started
-    stop(started)
+def llm(whole, module_engine):
+    return module_engine(whole, kv_cache_memory_bytes=16 << 20)
 
 
 @pytest.fixture

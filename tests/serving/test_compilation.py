@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from harness import engine_process, tiny
+from harness import tiny, traced
 from harness.checkout import needs_compiler
-from harness.engines import generate, start, stop
-from harness.oracle import Oracle
+from harness.engines import generate, model_runner
+from harness.oracle import Oracle, agrees
 from torch._dynamo.utils import counters
 from vllm.compilation.counter import compilation_counter
 
@@ -13,9 +13,11 @@ from vllm_yocou.serving.model import CrossDecoder, SelfDecoder
 
 pytestmark = needs_compiler
 
-COMPILED = dict(kv_cache_memory_bytes=64 << 20, compilation_config={"mode": 3})
+COMPILED = {"compilation_config": {"mode": 3}}
 AHEAD_OF_TIME = ("num_aot_artifacts_saved", "num_aot_artifacts_loaded")
-LENGTHS = (1, 16, 17, 50, 333)
+PROMPTS = [tiny.prompt(length) for length in (1, 16, 17, 50, 333)]
+# Inductor's code for these two runs in `make test`, for the others in `make test-all`; all are traced in both.
+BY_INDUCTOR = ("T2-S1-C3-llama3-tied-W33", "T3-S3-C2-qknorm-interleaved-W7")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,8 +32,10 @@ def empty_cache(tmp_path_factory):
 
 
 @pytest.fixture
-def graphs(monkeypatch) -> list[torch.fx.GraphModule]:
-    """What Inductor is given, in order."""
+def graphs(request, monkeypatch) -> list[torch.fx.GraphModule]:
+    """What Inductor is given, or kept as it is where the parameter is "traced", in order."""
+    if getattr(request, "param", "inductor") == "traced":
+        return traced.install(monkeypatch)
     from torch._inductor import compile_fx
 
     given, compiler = {}, compile_fx.compile_fx
@@ -57,22 +61,27 @@ def attentions(graphs) -> list[tuple[int, int]]:
     return [count for count in counts if any(count)]
 
 
-def check(llm, oracle: Oracle) -> None:
+def check(llm, model) -> None:
     """Chunks of 37 tokens, decodes, one row and many; all rows in the cross-decoder, few and none."""
-    prompts = [tiny.prompt(length) for length in LENGTHS]
-    (alone,) = generate(llm, prompts[-1:], tokens=1)
-    oracle.compare(prompts[-1], alone)
+    agrees(model, PROMPTS[-1:], generate(llm, PROMPTS[-1:], tokens=1))
     for sampling in ({}, {"prompt_logprobs": 1}):
-        for prompt, output in zip(prompts, generate(llm, prompts, **sampling), strict=True):
-            oracle.compare(prompt, output)
+        agrees(model, PROMPTS, generate(llm, PROMPTS, **sampling))
 
 
-@pytest.mark.parametrize("variant", tiny.VARIANTS)
-def test_two_units_whatever_t_is(variant, graphs, tmp_path, monkeypatch):
+def compiled_variants() -> list:
+    every = [pytest.param(variant, "traced", id=f"{variant}-traced") for variant in tiny.VARIANTS]
+    for variant in tiny.VARIANTS:
+        marks = [] if variant in BY_INDUCTOR else pytest.mark.slow
+        every.append(pytest.param(variant, "inductor", id=variant, marks=marks))
+    return every
+
+
+@pytest.mark.parametrize("variant, graphs", compiled_variants(), indirect=["graphs"])
+def test_two_units_whatever_t_is(variant, graphs, engine, tmp_path, monkeypatch):
     model = tiny.model(tiny.config(**tiny.VARIANTS[variant]))
     model.save_pretrained(tmp_path)
     seen = compilation_counter.num_models_seen
-    llm = start(tmp_path, **COMPILED)
+    llm = engine(tmp_path, **COMPILED)
     assert compilation_counter.num_models_seen == seen + 2
 
     cfg, calls = model.config, {SelfDecoder: 0, CrossDecoder: 0, "steps": 0}
@@ -86,67 +95,59 @@ def test_two_units_whatever_t_is(variant, graphs, tmp_path, monkeypatch):
 
     for unit in (SelfDecoder, CrossDecoder):
         monkeypatch.setattr(unit, "__call__", counted(unit, unit.__call__))
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    runner.model.forward = counted("steps", runner.model.forward)
-    oracle = Oracle(model)
-    check(llm, oracle)
-    oracle.check()
+    served = model_runner(llm).model
+    served.forward = counted("steps", served.forward)
+    check(llm, model)
     assert attentions(graphs) == [(cfg.num_self_decoder_layers, 0), (0, cfg.num_cross_decoder_layers)]
     assert calls[SelfDecoder] == cfg.num_iterations * calls["steps"] > 0
     # Chunks that end no prompt send no row into the cross-decoder.
     assert 0 < calls[CrossDecoder] < calls["steps"]
-    stop(llm)
 
 
-def test_a_second_start_compiles_nothing_anew(tmp_path):
+def test_a_second_start_compiles_nothing_anew(engine, tmp_path):
     """Nor traces anything; beside the first engine, still serving; with another T as well."""
     model = tiny.model(tiny.config(num_iterations=1, qk_norm="all", intermediate_size=176))
     model.save_pretrained(tmp_path)
     saved, loaded = (lambda name=name: getattr(compilation_counter, name) for name in AHEAD_OF_TIME)
     before = saved()
-    first = start(tmp_path, **COMPILED)
+    first = engine(tmp_path, **COMPILED)
     assert saved() == before + 2
     for settings in ({}, {"hf_overrides": {"num_iterations": 3}}):
         before = saved(), loaded()
         counters.clear()
-        llm = start(tmp_path, **settings, **COMPILED)
+        llm = engine(tmp_path, **settings, **COMPILED)
         assert (saved(), loaded()) == (before[0], before[1] + 2)
         assert counters["inductor"]["fxgraph_cache_miss"] == 0 and not counters["frames"]
 
     looped = tiny.model(tiny.config(num_iterations=3, qk_norm="all", intermediate_size=176))
     looped.load_state_dict(model.state_dict())
-    for engine, served in ((first, model), (llm, looped), (first, model)):
-        oracle = Oracle(served)
-        check(engine, oracle)
-        oracle.check()
+    for started, served in ((first, model), (llm, looped), (first, model)):
+        check(started, served)
     assert llm.llm_engine.vllm_config.model_config.hf_config.num_iterations == 3
-    stop(first)
-    stop(llm)
 
 
-def test_engines_of_two_shapes_in_one_process(tmp_path):
+@pytest.mark.parametrize("graphs", ["traced", pytest.param("inductor", marks=pytest.mark.slow)], indirect=True)
+def test_engines_of_two_shapes_in_one_process(graphs, engine, tmp_path):
     """vLLM drops the guards that would tell them apart."""
     models = [tiny.model(tiny.config(hidden_size=hidden)) for hidden in (96, 64)]
     engines = []
     for i, model in enumerate(models):
         model.save_pretrained(tmp_path / str(i))
-        engines.append(start(tmp_path / str(i), **COMPILED))
+        engines.append(engine(tmp_path / str(i), **COMPILED))
     for i in (0, 1, 0):
-        oracle = Oracle(models[i])
-        check(engines[i], oracle)
-        oracle.check()
-    for llm in engines:
-        stop(llm)
+        check(engines[i], models[i])
+    assert len(attentions(graphs)) == 2 * len(models)
 
 
+@pytest.mark.parametrize("engine_process", ["v1-graphs"], indirect=True)
 @pytest.mark.parametrize("iterations", [1, 3])
-def test_pieces_that_replay_addresses(iterations, tmp_path):
+def test_pieces_that_replay_addresses(iterations, engine_process, tmp_path):
     """As under CUDA's piecewise graphs: what a call of a unit reads and writes lies where its first call had it."""
     model = tiny.model(tiny.config(num_iterations=iterations, qk_norm="all"))
     model.save_pretrained(tmp_path)
     requests = [{"prompt": tiny.prompt(length)} for length in (1, 5, 16, 17, 50, 133)]
     all_rows = [request | {"sampling": {"prompt_logprobs": 1}} for request in requests]
-    batches = engine_process.run(tmp_path, [requests, all_rows], "v1-graphs", compilation_config={"mode": 3})
+    batches = engine_process.run(tmp_path, [requests, all_rows], **COMPILED)
     oracle = Oracle(model)
     for batch in batches:
         for request, output in zip(requests, batch.outputs, strict=True):

@@ -23,7 +23,7 @@ ASK = [{"role": "user", "content": "In the beginning?"}]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(tmp_path_factory, both_cores):
     settings = ["--data-parallel-size", "2", "--enforce-eager"]
     settings += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "granite"]
     settings += ["--structured-outputs-config", '{"enable_in_reasoning": true}']

@@ -5,12 +5,10 @@ One engine a variant: chunks of an odd number of tokens, a pool of blocks that c
 
 import pytest
 import torch
-from harness import tiny
+from harness import processor, tiny
 from harness.checkout import TRAINED
-from harness.engines import CONTEXT, generate, metric, start, stop
-from harness.oracle import Oracle
-from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
+from harness.engines import CONTEXT, generate, kv_cache_config, metric, model_runner
+from harness.oracle import Oracle, agrees
 
 from vllm_yocou.reference import YocoUForCausalLM
 
@@ -20,17 +18,19 @@ OPTIONS = {
     "T5-S2-C1-linear-qknorm-W1": {"max_global_block": 32},
 }
 GROUPS = {"T3-S3-C2-qknorm-interleaved-W7": [1, 3, 3, 3], "T5-S2-C1-linear-qknorm-W1": [1, 2, 2, 3, 3]}
+PROMPTS = [tiny.prompt(length) for length in (1, 50, 333)]
 
 
 class Served:
-    """An engine over a random checkpoint, beside its oracle."""
+    """An engine over a random checkpoint, and the model that it must agree with."""
 
-    def __init__(self, folder, overrides: dict, options: dict):
-        self.model = tiny.model(tiny.config(**overrides))
+    def __init__(self, engine, folder, variant: str):
+        self.model = tiny.model(tiny.config(**tiny.VARIANTS[variant]))
         self.model.save_pretrained(folder, max_shard_size="200KB")
         assert (folder / "model.safetensors.index.json").exists()
-        self.oracle = Oracle(self.model)
-        self.llm = start(folder, kv_cache_memory_bytes=self.pool_bytes(), additional_config={"yocou": options})
+        self.sizes = GROUPS.get(variant)
+        options = {"yocou": OPTIONS.get(variant, {})}
+        self.llm = engine(folder, kv_cache_memory_bytes=self.pool_bytes(), additional_config=options)
 
     def pool_bytes(self) -> int:
         """Room for little more than one context of global KV and its windows."""
@@ -39,16 +39,13 @@ class Served:
         return int(1.3 * 4 * 2) * (cfg.cross_num_key_value_heads * cfg.cross_head_dim * CONTEXT + window * 256)
 
     def check(self, prompts: list[list[int]], **sampling) -> list:
-        self.oracle = Oracle(self.model)
         outputs = generate(self.llm, prompts, **sampling)
-        for prompt, output in zip(prompts, outputs, strict=True):
-            self.oracle.compare(prompt, output)
-        self.oracle.check()
+        agrees(self.model, prompts, outputs)
         return outputs
 
     @property
     def groups(self) -> list:
-        return self.llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+        return kv_cache_config(self.llm).kv_cache_groups
 
     @property
     def global_block(self) -> int:
@@ -56,13 +53,9 @@ class Served:
 
 
 @pytest.fixture(scope="module", params=tiny.VARIANTS)
-def served(request, tmp_path_factory):
-    options = OPTIONS.get(request.param, {})
-    built = Served(tmp_path_factory.mktemp("checkpoint"), tiny.VARIANTS[request.param], options)
-    built.sizes = GROUPS.get(request.param)
-    yield built
-    llm, built.llm = built.llm, None
-    stop(llm)
+def served(request, module_engine, tmp_path_factory):
+    yield Served(module_engine, tmp_path_factory.mktemp("checkpoint"), request.param)
+    module_engine.stop()
 
 
 def test_lengths_from_one_token_to_twenty_windows(served):
@@ -75,8 +68,7 @@ def test_lengths_from_one_token_to_twenty_windows(served):
 def test_preempted_requests_are_exact(served):
     """Eight requests grow, token by token, until the pool cannot hold them."""
     before = metric(served.llm, "vllm:num_preemptions")
-    config = served.llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
-    length = (config.num_blocks // 8 + 1) * served.global_block
+    length = (kv_cache_config(served.llm).num_blocks // 8 + 1) * served.global_block
     served.check([tiny.prompt(40, seed) for seed in range(8)], tokens=length - 39)
     assert metric(served.llm, "vllm:num_preemptions") > before
 
@@ -97,60 +89,44 @@ def test_window_caches_are_packed_behind_one_global_cache(served):
     assert layers == (served.sizes or [1, cfg.num_iterations * cfg.num_self_decoder_layers])
 
 
-def test_iterations_and_window_come_from_the_config_alone(tmp_path):
+def test_iterations_and_window_come_from_the_config_alone(engine, tmp_path):
     """T overridden at load time is the reference at that T, and the global cache inherits no window."""
     model = tiny.model(tiny.config(num_iterations=3))
     model.save_pretrained(tmp_path)
     overridden = YocoUForCausalLM.from_pretrained(tmp_path, num_iterations=2).eval()
-    llm = start(tmp_path, kv_cache_memory_bytes=64 << 20, hf_overrides={"num_iterations": 2})
-    oracle, prompts = Oracle(overridden), [tiny.prompt(length) for length in (1, 50, 333)]
-    for prompt, output in zip(prompts, generate(llm, prompts), strict=True):
-        oracle.compare(prompt, output)
-    oracle.check()
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    caches = runner.vllm_config.compilation_config.static_forward_context
+    llm = engine(tmp_path, hf_overrides={"num_iterations": 2})
+    agrees(overridden, PROMPTS, generate(llm, PROMPTS))
+    caches = model_runner(llm).vllm_config.compilation_config.static_forward_context
     assert [cache.sliding_window for cache in caches.values()] == [16] * 4 + [None]
-    groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
-    assert sorted(len(group.layer_names) for group in groups) == [1, 4]
-    stop(llm)
+    assert sorted(len(group.layer_names) for group in kv_cache_config(llm).kv_cache_groups) == [1, 4]
 
 
-def test_embeddings_as_input_and_reloaded_weights_are_exact(tmp_path):
+def test_embeddings_as_input_and_reloaded_weights_are_exact(engine, tmp_path):
     model = tiny.model(tiny.config(embedding_multiplier=2.5))
     model.save_pretrained(tmp_path)
-    llm = start(tmp_path, kv_cache_memory_bytes=64 << 20, enable_prompt_embeds=True)
-    oracle, prompts = Oracle(model), [tiny.prompt(length) for length in (1, 50, 333)]
-    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-    for prompt in prompts:
-        # What stands for a token behind its embedding: the multiplier is in it.
-        inputs.append({"prompt_embeds": 2.5 * model.model.embed_tokens.weight.detach()[prompt]})
-    parameters = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=5, detokenize=False)
-    for prompt, output in zip(prompts * 2, llm.generate(inputs, parameters, use_tqdm=False), strict=True):
-        oracle.compare(prompt, output)
-    oracle.check()
+    llm = engine(tmp_path, enable_prompt_embeds=True)
+    embeddings = model.model.embed_tokens.weight.detach()
+    # What stands for a token after its embedding: the multiplier is in it.
+    inputs = [*PROMPTS, *({"prompt_embeds": 2.5 * embeddings[prompt]} for prompt in PROMPTS)]
+    agrees(model, PROMPTS * 2, generate(llm, inputs))
 
     other = tiny.model(tiny.config(embedding_multiplier=2.5), seed=1)
     other.save_pretrained(tmp_path)
     llm.collective_rpc("reload_weights")
     llm.reset_prefix_cache()
-    oracle = Oracle(other)
-    for prompt, output in zip(prompts, generate(llm, prompts), strict=True):
-        oracle.compare(prompt, output)
-    oracle.check()
-    stop(llm)
+    agrees(other, PROMPTS, generate(llm, PROMPTS))
 
 
-def test_sleep_mode_is_refused_on_a_cpu(tmp_path):
+def test_sleep_mode_is_refused_on_a_cpu(engine, tmp_path):
     tiny.model(tiny.config()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
-        start(tmp_path, kv_cache_memory_bytes=64 << 20, enable_sleep_mode=True)
+        engine(tmp_path, enable_sleep_mode=True)
 
 
-def test_a_wrong_checkpoint_is_refused_by_tensor_names(tmp_path):
+def test_a_wrong_checkpoint_is_refused_by_tensor_names(engine, tmp_path):
     tiny.model(tiny.config(qk_norm="self")).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="missing: model.cross_decoder.layers.0.cross_attn.q_norm.weight, "):
-        start(tmp_path, hf_overrides={"qk_norm": "all"}, kv_cache_memory_bytes=64 << 20)
-    cleanup_dist_env_and_memory()
+    with pytest.raises(ValueError, match=r"missing: model.cross_decoder.layers.0.cross_attn.q_norm.weight, "):
+        engine(tmp_path, hf_overrides={"qk_norm": "all"})
 
 
 def test_the_bound_can_fail():
@@ -163,12 +139,11 @@ def test_the_bound_can_fail():
     assert (wrong - right).abs().max() > 100 * 3 * oracle.rounding
 
 
-def test_the_log_says_what_the_caches_are_and_cost(tmp_path, lines):
+def test_the_log_says_what_the_caches_are_and_cost(engine, tmp_path, lines):
     model = tiny.model(tiny.config(num_iterations=5))
     model.save_pretrained(tmp_path)
     options = {"yocou": {"max_global_block": 100, "skip_rows": False}}
-    llm = start(tmp_path, kv_cache_memory_bytes=64 << 20, max_model_len=999, additional_config=options)
-    stop(llm)
+    engine(tmp_path, max_model_len=999, additional_config=options)
     # 10 caches in 4 groups: 3, 3, 2, 2. A window of 16 tokens and the token that is computed touch two pages of 32.
     blocks_in_decode, blocks_in_prefill = 4 * 2 + 11, 4 * 3 + 11
     for line in (
@@ -181,57 +156,49 @@ def test_the_log_says_what_the_caches_are_and_cost(tmp_path, lines):
         assert "\n".join(lines).count(line) == 1
 
 
-def test_a_cache_dtype_that_the_cpu_does_not_read_is_refused(tmp_path):
+def test_a_cache_dtype_that_the_cpu_does_not_read_is_refused(engine, tmp_path):
     tiny.model(tiny.config()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="--kv-cache-dtype int8_per_token_head cannot be used"):
-        start(tmp_path, kv_cache_memory_bytes=64 << 20, kv_cache_dtype="int8_per_token_head")
-    cleanup_dist_env_and_memory()
+        engine(tmp_path, kv_cache_dtype="int8_per_token_head")
 
 
-def test_pooling_reads_every_row():
+def test_pooling_reads_every_row(engine):
     """As an embedding model: the mean over all rows, none of which may have skipped the cross-decoder."""
     model = YocoUForCausalLM.from_pretrained(TRAINED, dtype=torch.float32).eval()
-    settings = dict(dtype="float32", kv_cache_memory_bytes=64 << 20, max_model_len=512, max_num_seqs=4)
-    llm = LLM(str(TRAINED), runner="pooling", pooler_config={"pooling_type": "MEAN"}, **settings)
-    prompts = [tiny.prompt(length) for length in (1, 50, 333)]
-    outputs = llm.embed([{"prompt_token_ids": prompt} for prompt in prompts], use_tqdm=False)
-    for prompt, output in zip(prompts, outputs, strict=True):
+    whole = dict(max_model_len=512, max_num_batched_tokens=512)
+    llm = engine(TRAINED, runner="pooling", pooler_config={"pooling_type": "MEAN"}, **whole)
+    outputs = llm.embed([{"prompt_token_ids": prompt} for prompt in PROMPTS], use_tqdm=False)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
         with torch.inference_mode():
             mean_D = model.model(torch.tensor([prompt])).last_hidden_state[0].mean(0)
         torch.testing.assert_close(torch.tensor(output.outputs.embedding), mean_D / mean_D.norm(), atol=1e-5, rtol=0)
-    stop(llm)
 
 
-def test_without_the_hybrid_manager_it_is_one_group_and_exact(tmp_path, lines):
+def test_without_the_hybrid_manager_it_is_one_group_and_exact(engine, tmp_path, lines):
     model = tiny.model(tiny.config())
     model.save_pretrained(tmp_path)
-    llm = start(tmp_path, kv_cache_memory_bytes=64 << 20, disable_hybrid_kv_cache_manager=True)
-    (_,) = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+    llm = engine(tmp_path, disable_hybrid_kv_cache_manager=True)
+    (_,) = kv_cache_config(llm).kv_cache_groups
     # Seven caches of 512 bytes a token.
     assert f"a request of {CONTEXT} tokens holds {7 * 512 * CONTEXT / 2**20} MiB a rank" in "".join(lines)
-    oracle, prompts = Oracle(model), [tiny.prompt(length) for length in (1, 50, 333)]
-    for prompt, output in zip(prompts, generate(llm, prompts), strict=True):
-        oracle.compare(prompt, output)
-    oracle.check()
-    stop(llm)
+    agrees(model, PROMPTS, generate(llm, PROMPTS))
 
 
-@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM's FP8 KV cache on a CPU needs AVX-512")
+@pytest.mark.skipif(not processor.reads_fp8_caches(), reason="vLLM's FP8 KV cache on a CPU needs AVX-512 or AMX")
 @pytest.mark.parametrize("plain_windows", [False, True], ids=["all", "global-only"])
-def test_caches_in_fp8(plain_windows, tmp_path):
+def test_caches_in_fp8(plain_windows, engine, tmp_path):
     """A quarter of float32's bytes; with `--kv-cache-dtype-skip-layers` window and global tokens differ in size."""
     model = tiny.model(tiny.config())
     model.save_pretrained(tmp_path)
     settings = {"kv_cache_dtype_skip_layers": ["sliding_window"]} if plain_windows else {}
-    llm = start(tmp_path, kv_cache_memory_bytes=64 << 20, kv_cache_dtype="fp8", **settings)
-    groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+    llm = engine(tmp_path, kv_cache_dtype="fp8", **settings)
+    groups = kv_cache_config(llm).kv_cache_groups
     bytes_a_token = {group.kv_cache_spec.page_size_bytes // group.kv_cache_spec.block_size for group in groups}
     assert bytes_a_token == ({128, 512} if plain_windows else {128})
-    oracle, prompts = Oracle(model), [tiny.prompt(length) for length in (1, 50, 333)]
-    skipping, scored = generate(llm, prompts), generate(llm, prompts, prompt_logprobs=1)
-    for prompt, output, other in zip(prompts, skipping, scored, strict=True):
+    oracle = Oracle(model)
+    skipping, scored = generate(llm, PROMPTS), generate(llm, PROMPTS, prompt_logprobs=1)
+    for prompt, output, other in zip(PROMPTS, skipping, scored, strict=True):
         # Eight bits change log probabilities, by less where the windows stay as they are; the rows that run do not.
         oracle.compare(prompt, output, greedy=False)
         assert output.outputs[0].token_ids == other.outputs[0].token_ids
     assert 3 * oracle.rounding < oracle.difference < (0.1 if plain_windows else 0.5)
-    stop(llm)

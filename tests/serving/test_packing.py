@@ -4,12 +4,13 @@ from math import ceil
 
 import pytest
 from harness import tiny
-from harness.engines import generate, start, stop
+from harness.engines import generate, kv_cache_config
 from vllm import SamplingParams
 from vllm.v1.request import Request
 
-from vllm_yocou.cli.kv_bytes import KVBytes
+from vllm_yocou.cli.sizing import KVBytes
 from vllm_yocou.options import Options
+from vllm_yocou.serving.caches import packing_of
 from vllm_yocou.serving.packing import GlobalCacheSpec, Packing, WindowCacheSpec
 
 LIMIT = Options().max_global_block
@@ -81,10 +82,10 @@ CONTEXT, CHUNK, POOL = 100_000, 1000, 200 << 20
 class Pool:
     """The block pool of a real engine, and requests that take slots in it without being computed."""
 
-    def __init__(self, folder, shape: str):
+    def __init__(self, engine, folder, shape: str):
         self.config = tiny.config(**dict(max_position_embeddings=CONTEXT) | SHAPES[shape])
         tiny.model(self.config).save_pretrained(folder)
-        self.llm = start(
+        self.llm = engine(
             folder,
             max_model_len=CONTEXT,
             max_num_batched_tokens=CHUNK,
@@ -95,8 +96,7 @@ class Pool:
         engine = self.llm.llm_engine.engine_core.engine_core
         self.vllm_config, self.kv_config = engine.vllm_config, engine.scheduler.kv_cache_config
         self.manager = engine.scheduler.kv_cache_manager
-        caches = self.vllm_config.compilation_config.static_forward_context
-        self.packing: Packing = caches["model.kv_cache.0"].packing
+        self.packing: Packing = packing_of(self.vllm_config)
         self.everything = self.available
 
     def formula(self, tokens: int) -> int:
@@ -135,11 +135,9 @@ class Pool:
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def pool(request, tmp_path_factory):
-    built = Pool(tmp_path_factory.mktemp("checkpoint"), request.param)
-    yield built
-    llm, built.llm = built.llm, None
-    stop(llm)
+def pool(request, module_engine, tmp_path_factory):
+    yield Pool(module_engine, tmp_path_factory.mktemp("checkpoint"), request.param)
+    module_engine.stop()
 
 
 def touched(start: int, end: int, block: int) -> int:
@@ -226,15 +224,14 @@ def test_tokens_that_fit_in_the_budget(pool):
 
 
 @pytest.mark.parametrize("limit", [1, 100, 512])
-def test_a_repeated_prompt_hits_whole_global_blocks(limit, tmp_path):
+def test_a_repeated_prompt_hits_whole_global_blocks(limit, engine, tmp_path):
     tiny.model(tiny.config(num_iterations=5)).save_pretrained(tmp_path)
     options = {"yocou": {"max_global_block": limit}}
-    llm = start(tmp_path, kv_cache_memory_bytes=32 << 20, additional_config=options, max_num_batched_tokens=101)
-    groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+    llm = engine(tmp_path, kv_cache_memory_bytes=32 << 20, additional_config=options, max_num_batched_tokens=101)
+    groups = kv_cache_config(llm).kv_cache_groups
     block = max(group.kv_cache_spec.block_size for group in groups)
     assert (block, len(groups)) == {1: (32, 11), 100: (96, 5), 512: (320, 2)}[limit]
     prompt = tiny.prompt(777)
     first, second = (generate(llm, [prompt], tokens=4)[0] for _ in range(2))
     assert first.outputs[0].token_ids == second.outputs[0].token_ids
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 776 // block * block)
-    stop(llm)

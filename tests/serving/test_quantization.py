@@ -4,14 +4,13 @@ import json
 
 import pytest
 import torch
-from harness import engine_process, tiny
+from harness import processor, tiny
 from harness.checkout import needs_compiler
-from harness.engines import generate, start, stop
+from harness.engines import generate
 from harness.quantized import FORMATS
 from safetensors.torch import load_file
-from vllm.distributed import cleanup_dist_env_and_memory
 
-from vllm_yocou.checkpoints.format import verified
+from vllm_yocou.checkpoints.verify import verified
 from vllm_yocou.config import YocoUConfig
 
 LONG = [tiny.prompt(length) for length in (36, 37, 90, 333)]
@@ -42,26 +41,50 @@ def check(model, reference, outputs, exact: bool) -> None:
     assert differences(reference, LONG, long).median() < differences(model, LONG, long).median() / 3
 
 
+def served_as_quantized(engine, name: str, folder) -> None:
+    """An engine over a checkpoint of a format, at the dtype that this processor wants, is the quantized reference."""
+    model, dtype = tiny.model(tiny.config(qk_norm="all")), FORMATS[name].dtype()
+    reference = FORMATS[name].save(model, folder)
+    check(model, reference, generate(engine(folder, dtype=dtype), [*SHORT, *LONG]), exact=dtype == "float32")
+
+
 @pytest.mark.parametrize("name", FORMATS)
-def test_quantized_checkpoints(name, tmp_path):
-    model = tiny.model(tiny.config(qk_norm="all"))
-    reference = FORMATS[name].save(model, tmp_path)
-    llm = start(tmp_path, kv_cache_memory_bytes=64 << 20, dtype=FORMATS[name].dtype)
-    outputs = generate(llm, [*SHORT, *LONG])
-    check(model, reference, outputs, exact=FORMATS[name].dtype == "float32")
-    stop(llm)
+def test_quantized_checkpoints(name, engine, tmp_path):
+    served_as_quantized(engine, name, tmp_path)
+
+
+def test_int8_in_half_precision(engine, tmp_path, monkeypatch):
+    """As on a processor with AMX, on which vLLM's kernel takes nothing else."""
+    monkeypatch.setattr(processor, "has_amx", lambda: True)
+    served_as_quantized(engine, "compressed-tensors-w8a8", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "amx, avx512, dtype, fp8_caches",
+    [
+        (False, False, "float32", False),
+        (False, True, "float32", True),
+        (True, True, "float16", True),
+        (True, False, "float16", True),
+    ],
+)
+def test_what_the_processor_decides(amx, avx512, dtype, fp8_caches, monkeypatch):
+    monkeypatch.setattr(processor, "has_amx", lambda: amx)
+    monkeypatch.setattr(processor, "has_avx512", lambda: avx512)
+    assert FORMATS["compressed-tensors-w8a8"].dtype() == dtype
+    assert processor.reads_fp8_caches() == fp8_caches
 
 
 @needs_compiler
-def test_two_ranks_compiled(tmp_path):
+@pytest.mark.parametrize("engine_process", ["two-ranks"], indirect=True)
+def test_two_ranks_compiled(engine_process, tmp_path):
     """One global KV head, which both ranks hold. Not a format that rounds activations: each rank has its own scales."""
     model, quantized = tiny.model(tiny.config(intermediate_size=192, cross_num_key_value_heads=1)), FORMATS["gptq"]
     reference = quantized.save(model, tmp_path)
     (batch,) = engine_process.run(
         tmp_path,
         [[{"prompt": prompt} for prompt in [*SHORT, *LONG]]],
-        **engine_process.TWO_RANKS,
-        dtype=quantized.dtype,
+        dtype=quantized.dtype(),
         compilation_config={"mode": None},
     )
     check(model, reference, batch.outputs, exact=False)
@@ -82,10 +105,9 @@ def test_a_missing_part_of_a_matrix_is_named(name, part, tmp_path):
         list(verified(tensors.items(), config, quantized=True))
 
 
-def test_a_missing_matrix_is_named(tmp_path):
+def test_a_missing_matrix_is_named(engine, tmp_path):
     FORMATS["gptq"].save(tiny.model(tiny.config()), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
-    with pytest.raises(ValueError, match="missing: model.cross_decoder.layers.2.cross_attn.o_proj.weight, "):
-        start(tmp_path, kv_cache_memory_bytes=64 << 20, dtype="bfloat16")
-    cleanup_dist_env_and_memory()
+    with pytest.raises(ValueError, match=r"missing: model.cross_decoder.layers.2.cross_attn.o_proj.weight, "):
+        engine(tmp_path, dtype="bfloat16")

@@ -1,9 +1,9 @@
 """Two ranks on one machine: sharded query heads, KV heads sharded where there are two and replicated where one."""
 
 import pytest
-from harness import engine_process, tiny
+from harness import tiny
 from harness.checkout import needs_compiler
-from harness.oracle import Oracle
+from harness.oracle import agrees
 
 
 # None: compiled where vLLM would; a worker has read vLLM's settings for good before its first step.
@@ -14,7 +14,8 @@ from harness.oracle import Oracle
         pytest.param(1, 2, None, id="one-window-head-compiled", marks=needs_compiler),
     ],
 )
-def test_two_ranks_are_exact(kv_heads, cross_kv_heads, mode, tmp_path):
+@pytest.mark.parametrize("engine_process", ["two-ranks"], indirect=True)
+def test_two_ranks_are_exact(kv_heads, cross_kv_heads, mode, engine_process, tmp_path):
     heads = dict(num_key_value_heads=kv_heads, cross_num_attention_heads=4, cross_num_key_value_heads=cross_kv_heads)
     model = tiny.model(tiny.config(qk_norm="all", **heads))
     model.save_pretrained(tmp_path)
@@ -23,15 +24,6 @@ def test_two_ranks_are_exact(kv_heads, cross_kv_heads, mode, tmp_path):
     requests = [
         {"prompt": prompt, "sampling": {"prompt_logprobs": 2} if i % 2 else {}} for i, prompt in enumerate(prompts)
     ]
-    (batch,) = engine_process.run(
-        tmp_path,
-        [requests],
-        compilation_config={"mode": mode},
-        **engine_process.TWO_RANKS,
-        max_num_batched_tokens=61,
-    )
-    oracle = Oracle(model)
-    for prompt, output in zip(prompts, batch.outputs, strict=True):
-        oracle.compare(prompt, output)
-    oracle.check()
+    (batch,) = engine_process.run(tmp_path, [requests], compilation_config={"mode": mode}, max_num_batched_tokens=61)
+    agrees(model, prompts, batch.outputs)
     assert batch.metrics["yocou_skipped_rows"] == sum(len(prompt) - 1 for prompt in prompts[::2])

@@ -1,0 +1,91 @@
+"""The suite itself: which tier a test is in, who runs it, what it leaves to the next one, and what it prints."""
+
+import gc
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from harness import tiers, tiny
+from harness.engines import Engines, generate
+from harness.oracle import agrees
+
+pytest_plugins = ["pytester"]
+PROMPTS = [tiny.prompt(length) for length in (1, 50)]
+
+
+def item(*fixtures: str, own: str = "", **parameters) -> SimpleNamespace:
+    """As much of a test as its tier and its group follow from; `own` are the parameters that it does not inherit."""
+    marks = {"parametrize": [SimpleNamespace(args=(own,))]}
+    callspec = SimpleNamespace(params=parameters)
+    return SimpleNamespace(
+        fixturenames=fixtures, callspec=callspec, iter_markers=marks.__getitem__, path=Path("tests/rows/test_some.py")
+    )
+
+
+@pytest.mark.parametrize(
+    "of_test, expected",
+    [
+        (item("tmp_path"), []),
+        (item("engine", "tmp_path"), ["engine"]),
+        (item("engine_process", "engine_processes"), ["engine"]),
+        (item("server", "client"), ["engine"]),
+        (item("starts_vllm", "nightly"), ["engine", "slow"]),
+        (item("tmp_path", "nightly"), ["slow"]),
+    ],
+)
+def test_fixtures_decide_the_tier(of_test, expected):
+    assert tiers.tiers(of_test) == expected
+
+
+@pytest.mark.parametrize(
+    "of_test, expected",
+    [
+        (item("tmp_path"), "rows/test_some"),
+        (item("tmp_path", "engine"), None),
+        (item("server"), "server"),
+        (item("server", "both_cores"), tiers.BOTH_CORES),
+        (item("engine_processes"), "runner-v1"),
+        (item("engine_processes", own="engine_process, skips", engine_process="v2", skips=True), "runner-v2"),
+        (item("engine_processes", ran="two-ranks"), tiers.BOTH_CORES),
+        (item("module_engine"), "rows/test_some"),
+        (item("module_engine", own="name", name="mixed"), "rows/test_some"),
+        (item("module_engine", own="name", name="mixed", served="T1"), "rows/test_some T1"),
+    ],
+)
+def test_fixtures_decide_the_group(of_test, expected):
+    assert tiers.group(of_test) == expected
+
+
+def test_engines_are_started_by_fixtures():
+    """Otherwise a test's tier would not say that it starts one, and nobody would end it."""
+    modules = [path for path in Path(__file__).parent.rglob("test_*.py") if path != Path(__file__)]
+    assert modules and not [path for path in modules if re.search(r"\bLLM\(", path.read_text())]
+
+
+def test_figures_of_every_worker_are_printed(pytester):
+    module = "from harness import figures\ndef test_{}(): figures.note({}, 7, 1e-7)"
+    pytester.makepyfile(test_a=module.format("a", "1e-6"), test_b=module.format("b", "2e-6"))
+    printed = pytester.runpytest("-p", "harness.figures", "-n", "2", "--dist", "loadgroup").stdout
+    printed.fnmatch_lines(["*served model against the reference*", "*1.0e-06 of *test_a*", "*2.0e-06 of *test_b*"])
+
+
+def test_a_failed_start_leaves_nothing_to_the_next(engine, tmp_path):
+    model = tiny.model(tiny.config(qk_norm="self"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="missing: "):
+        engine(tmp_path, hf_overrides={"qk_norm": "all"})
+    agrees(model, PROMPTS, generate(engine(tmp_path), PROMPTS))
+
+
+def test_an_engine_that_somebody_still_holds_ends_nothing_when_it_is_collected(engine, tmp_path):
+    """As the frames of a failed test hold it."""
+    model = tiny.model(tiny.config())
+    model.save_pretrained(tmp_path)
+    before = Engines()
+    held = before(tmp_path)
+    before.stop()
+    llm = engine(tmp_path)
+    del held
+    gc.collect()
+    agrees(model, PROMPTS, generate(llm, PROMPTS))
