@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from vllm.config import ModelConfig
 from vllm.config.utils import normalize_value
 from vllm.plugins import load_general_plugins
 
+from vllm_yocou.architecture import REQUIRED, TOKEN_IDS, Architecture
 from vllm_yocou.checkpoints.format import expected_shapes
-from vllm_yocou.config import FOREIGN_SWITCHES, REQUIRED, YocoUConfig
+from vllm_yocou.config import YocoUConfig
+from vllm_yocou.config_keys import FOREIGN_SWITCHES, KEYS
 
 IMPOSSIBLE = [
     (dict(num_iterations=0), "num_iterations is 0: it must be a whole number of at least 1"),
@@ -85,6 +89,16 @@ def test_impossible_values_are_refused_on_construction(overrides, message):
 
 
 @pytest.mark.parametrize("overrides, message", IMPOSSIBLE, ids=NAMES)
+def test_impossible_values_are_refused_without_transformers(overrides, message):
+    """`vllm-yocou kv` reads a config.json by `Architecture` alone."""
+    keys = tiny.config().to_dict()
+    del keys["rope_parameters"]  # it would win over a plain rope_theta
+    assert Architecture.of(keys).rope_parameters == tiny.config().rope_parameters
+    with pytest.raises(ValueError, match=message):
+        Architecture.of(keys | overrides)
+
+
+@pytest.mark.parametrize("overrides, message", IMPOSSIBLE, ids=NAMES)
 def test_impossible_values_are_refused_as_overrides(overrides, message):
     """`update` is what vLLM calls with --hf-overrides."""
     with pytest.raises(ValueError, match=message):
@@ -121,7 +135,7 @@ def test_defaults_are_the_formats():
     assert (cfg.num_key_value_heads, cfg.head_dim) == (4, 16)
     assert (cfg.cross_num_attention_heads, cfg.cross_num_key_value_heads, cfg.cross_head_dim) == (4, 4, 16)
     assert cfg.rope_parameters == {"rope_theta": 10000.0, "rope_type": "default"}
-    assert not (cfg.rope_interleaved or cfg.cross_decoder_rope or cfg.tie_word_embeddings)
+    assert (cfg.rope_interleaved, cfg.cross_decoder_rope, cfg.tie_word_embeddings) == (False, False, False)
     assert (cfg.qk_norm, cfg.embedding_multiplier, cfg.norm_topk_prob, cfg.is_moe) == ("none", 1.0, True, False)
     assert cfg.layer_types == ["sliding_attention"] * 2 + ["full_attention"] * 3
 
@@ -148,7 +162,8 @@ def test_saved_config_names_every_key(tmp_path):
     for key in ("num_self_decoder_layers", "cross_head_dim", "qk_norm", "num_iterations", "rope_parameters"):
         assert saved[key] == getattr(cfg, key)
     loaded = AutoConfig.from_pretrained(tmp_path)
-    assert type(loaded) is YocoUConfig and loaded.to_diff_dict() == cfg.to_diff_dict()
+    assert type(loaded) is YocoUConfig
+    assert loaded.to_diff_dict() == cfg.to_diff_dict()
 
 
 @pytest.mark.parametrize("how", ["update", "from_pretrained"])
@@ -165,12 +180,14 @@ def test_overriding_the_iterations_warns_once_with_the_trained_depth(tmp_path, c
                 cfg = YocoUConfig.from_pretrained(tmp_path, num_iterations=depth)
     assert cfg.num_iterations == depth
     warnings = [record.getMessage() for record in caplog.records if "num_iterations" in record.getMessage()]
-    assert len(warnings) == 1 and f"overridden to {depth}: the checkpoint was trained with 3" in warnings[0]
+    assert len(warnings) == 1
+    assert f"overridden to {depth}: the checkpoint was trained with 3" in warnings[0]
 
 
-def test_a_misspelt_override_is_refused():
-    with pytest.raises(ValueError, match="config key 'num_iteration' is unknown to YOCO-U: correct the name"):
-        tiny.config().update({"num_iteration": 2})
+@pytest.mark.parametrize("key", ["num_iteration", "uuid"])
+def test_an_override_of_what_is_not_a_key_is_refused(key):
+    with pytest.raises(ValueError, match=f"config key '{key}' is unknown to YOCO-U: correct the name"):
+        tiny.config().update({key: 2})
 
 
 def model_config(folder, overrides: dict) -> ModelConfig:
@@ -222,6 +239,13 @@ def test_a_rope_override_wins(spelling):
     assert cfg.rope_parameters == {"rope_theta": 500.0, "rope_type": "yoco2024"}
 
 
+def test_impossible_values_are_refused_on_saving(tmp_path):
+    cfg = tiny.config()
+    cfg.sliding_window = 0
+    with pytest.raises(ValueError, match="sliding_window is 0: it must be a whole number of at least 1"):
+        cfg.save_pretrained(tmp_path)
+
+
 def test_impossible_overrides_are_refused_on_loading(tmp_path):
     tiny.config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="num_iterations is 0"):
@@ -246,7 +270,27 @@ def test_vllm_hashes_a_checkpoint_alike_with_every_number_of_iterations(tmp_path
 OWN_KEYS = {field.name for field in dataclasses.fields(YocoUConfig)} - {
     field.name for field in dataclasses.fields(PreTrainedConfig)
 }
-KEYS = sorted(OWN_KEYS | set(REQUIRED) | {"rope_theta", "rope_scaling"})
+SPELLINGS = sorted(OWN_KEYS | {"rope_theta", "rope_scaling"})
+
+
+def test_every_key_has_a_rule():
+    assert {*KEYS, *TOKEN_IDS, "rope_parameters"} == OWN_KEYS
+
+
+def test_an_architecture_is_what_the_config_says(tmp_path):
+    for cfg in tiny.CONFIGS.values():
+        cfg.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        found = Architecture.of(saved)
+        assert dataclasses.asdict(found) == {key: getattr(cfg, key) for key in OWN_KEYS}
+        assert (found.layer_types, found.is_moe) == (cfg.layer_types, cfg.is_moe)
+
+
+def test_reading_a_config_imports_neither_torch_nor_transformers():
+    code = "import sys, vllm_yocou.architecture; print({'torch', 'transformers', 'vllm'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
+
+
 SCALARS = some.one_of(
     some.none(),
     some.booleans(),
@@ -268,7 +312,9 @@ RUNNABLE = 2**22  # parameters times iterations of a model that a test can affor
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
-@given(some.dictionaries(some.sampled_from(KEYS), VALUES, min_size=1, max_size=3), some.booleans(), some.booleans())
+@given(
+    some.dictionaries(some.sampled_from(SPELLINGS), VALUES, min_size=1, max_size=3), some.booleans(), some.booleans()
+)
 def test_any_values_are_refused_in_a_sentence_or_make_a_model(overrides, moe, late):
     make = tiny.moe_config if moe else tiny.config
     try:
@@ -281,10 +327,12 @@ def test_any_values_are_refused_in_a_sentence_or_make_a_model(overrides, moe, la
         (sentence,) = str(refusal).splitlines()
         parts = [*overrides, *(key for value in overrides.values() if isinstance(value, dict) for key in value)]
         assert any(key in sentence for key in parts), sentence
-        assert sentence.endswith(".") and ": " in sentence
+        assert sentence.endswith(".")
+        assert ": " in sentence
         return
     shapes = expected_shapes(cfg).values()
     if sum(torch.Size(shape).numel() for shape in shapes) * cfg.num_iterations > RUNNABLE:
         return
     logits = tiny.model(cfg)(torch.tensor([[0, cfg.vocab_size - 1, cfg.vocab_size // 2]])).logits
-    assert logits.shape == (1, 3, cfg.vocab_size) and logits.isfinite().all()
+    assert logits.shape == (1, 3, cfg.vocab_size)
+    assert logits.isfinite().all()

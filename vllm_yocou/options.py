@@ -1,6 +1,7 @@
-"""What a user may set that vLLM has no option for: `--additional-config '{"yocou": {"max_global_block": 1024}}'`."""
+"""The settings that vLLM has no option for: `--additional-config '{"yocou": {"max_global_block": 1024}}'`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import get_type_hints
 
 KEY = "yocou"
 
@@ -11,10 +12,11 @@ class Options:
 
     Attributes:
         max_global_block: tokens of the longest global block that packing may choose. Longer blocks make fewer KV cache
-            groups, and prefix-cache hits that are multiples of a larger number.
+            groups, but prefix-cache hits then come in multiples of a larger number.
         lower_chunk: whether vLLM's default of max_num_batched_tokens is replaced by a smaller one.
-        skip_rows: whether prompt rows without wanted logits skip the cross-decoder; False runs every row, to compare.
-        kernels: whether the plugin's Triton kernels take the place of vLLM's; no GPU has measured them yet.
+        skip_rows: whether prompt rows whose logits nobody needs skip the cross-decoder; False runs every row, for
+            comparison.
+        kernels: whether the plugin's Triton kernels replace vLLM's; they have not been measured on a GPU yet.
     """
 
     max_global_block: int = 512
@@ -27,14 +29,14 @@ class Options:
         """The options in vLLM's `additional_config`.
 
         Raises:
-            ValueError: on a name or a type that is not one of these.
+            ValueError: an unknown name, or a value of the wrong type or out of range.
         """
         given = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
         if not isinstance(given, dict):
             raise ValueError(
                 f'additional_config["{KEY}"] is {given!r}: give an object like {{"max_global_block": 1024}}.'
             )
-        types = {field.name: field.type for field in fields(cls)}
+        types = get_type_hints(cls)
         for name, value in given.items():
             if name not in types:
                 raise ValueError(

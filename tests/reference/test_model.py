@@ -8,6 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from vllm_yocou.reference import YocoUCache, YocoUForCausalLM
 
+# float64 logits of two models with equal weights. Bit equality is not promised: where the weights lie in memory may
+# change the order in which a processor sums (see test_saved_and_loaded_by_the_auto_class).
+TWO_COPIES = 1e-12
+
 
 @pytest.fixture(params=tiny.CONFIGS, scope="module")
 def double(request) -> YocoUForCausalLM:
@@ -30,7 +34,7 @@ def test_reference_is_the_definition(double):
 def test_cached_equals_uncached(double, chunks):
     tokens, cache, parts = ids(53), YocoUCache(double.config), []
     for part in tokens.split(chunks, dim=1):
-        parts.append(double(part, past_key_values=cache, use_cache=True).logits)
+        parts += [double(part, past_key_values=cache, use_cache=True).logits]
     torch.testing.assert_close(torch.cat(parts, 1), double(tokens).logits, rtol=0, atol=1e-10)
 
 
@@ -70,7 +74,7 @@ def test_looped_equals_unrolled_with_copied_weights(iterations):
         if parts[1] == "self_decoder":
             parts[3] = str(int(parts[3]) % S)
         unrolled.get_parameter(name).copy_(weights[".".join(parts)])
-    torch.testing.assert_close(looped(ids(40)).logits, unrolled(ids(40)).logits, rtol=0, atol=0)
+    torch.testing.assert_close(looped(ids(40)).logits, unrolled(ids(40)).logits, rtol=0, atol=TWO_COPIES)
 
 
 @torch.no_grad()
@@ -81,7 +85,7 @@ def test_another_window_is_another_model():
     wider.load_state_dict(base.state_dict())
     tokens = ids(60)
     assert (base(tokens).logits - wider(tokens).logits).abs().max() > 1e-2
-    torch.testing.assert_close(base(tokens[:, :16]).logits, wider(tokens[:, :16]).logits, rtol=0, atol=0)
+    torch.testing.assert_close(base(tokens[:, :16]).logits, wider(tokens[:, :16]).logits, rtol=0, atol=TWO_COPIES)
 
 
 @torch.no_grad()
@@ -151,7 +155,11 @@ def test_saved_and_loaded_by_the_auto_class(tmp_path, name):
     assert (tmp_path / "model.safetensors.index.json").exists()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is YocoUForCausalLM
-    torch.testing.assert_close(loaded(ids(20)).logits, model(ids(20)).logits, rtol=0, atol=0)
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+    # Equal weights do not give equal bits: loaded ones lie in the mapped file, 8 bytes off the alignment of memory that
+    # torch allocates. Where an expert gets a single row, torch's library multiplies a matrix by a vector, and on some
+    # processors the order of that sum depends on the matrix's alignment (up to 1.3e-6 here; larger products never).
+    torch.testing.assert_close(loaded(ids(20)).logits, model(ids(20)).logits, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -164,5 +172,5 @@ def test_hidden_states_have_one_entry_for_each_layer_pass():
 def test_a_foreign_cache_is_refused():
     from transformers import DynamicCache
 
-    with pytest.raises(ValueError, match="past_key_values is a DynamicCache: .* pass a YocoUCache"):
+    with pytest.raises(ValueError, match=r"past_key_values is a DynamicCache: .* pass a YocoUCache"):
         tiny.model(tiny.config())(ids(5), past_key_values=DynamicCache(), use_cache=True)

@@ -1,7 +1,4 @@
-"""The reference model: YOCO-U in pure torch for Hugging Face transformers, and the oracle for everything else here.
-
-Importing this package makes `AutoModelForCausalLM` know the architecture (no remote code).
-"""
+"""Importing this package makes transformers' auto classes know YOCO-U, without remote code."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

@@ -1,6 +1,6 @@
 """The reference model's feed-forward: SwiGLU, alone or as the experts of a mixture.
 
-Shapes: N tokens, D hidden_size, E experts, k experts a token uses.
+Shapes: B sequences, N tokens, D hidden_size, E experts, k experts that a token uses.
 """
 
 import json
@@ -31,16 +31,16 @@ class MLP(nn.Module):
 
 
 class MoE(nn.Module):
-    """Softmax over all experts, the top k of them, plus an optional (optionally gated) shared expert."""
+    """Mixture of experts by a loop over all of them. A shared expert and its sigmoid gate are optional."""
 
     def __init__(self, config: YocoUConfig):
         super().__init__()
-        self.top_k = config.num_experts_per_tok
+        E, k, width = config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size
+        assert E and k and width, "only a config with is_moe has experts"
+        self.top_k = k
         self.renormalise = config.norm_topk_prob
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = nn.ModuleList(
-            MLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts)
-        )
+        self.gate = nn.Linear(config.hidden_size, E, bias=False)
+        self.experts = nn.ModuleList(MLP(config.hidden_size, width) for _ in range(E))
         self.shared_expert = self.shared_expert_gate = None
         if config.shared_expert_intermediate_size is not None:
             self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size)
@@ -67,9 +67,9 @@ class MoE(nn.Module):
 
 
 def has_shared_expert_gate(checkpoint: str) -> bool:
-    """Whether a checkpoint's safetensors hold a shared-expert gate (the format says so by the weight alone).
+    """Whether a checkpoint's safetensors hold a shared-expert gate: the format says so by the weight alone.
 
-    False where there are none, as for a model that gets random weights.
+    False if the checkpoint has no safetensors, like one whose model gets random weights.
     """
     index, single = (
         cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False)

@@ -1,12 +1,14 @@
-"""The reference model: YOCO-U in pure torch for Hugging Face transformers, and the oracle for everything else here.
+"""The reference model computes YOCO-U as it is defined, in plain torch, in whatever dtype its weights have.
 
-Importing this module makes `AutoModelForCausalLM` know the architecture (no remote code). It trains (labels, gradient
-checkpointing), generates, and computes in float64 as well as in bfloat16.
+It is a Hugging Face model: it trains (labels, gradient checkpointing), generates and saves. It shares no code with the
+served model, because it is what that is compared with.
 
-Shapes: B sequences, N tokens of this call, D hidden_size, H query and K key/value heads of size d.
+Shapes: B sequences, N tokens of this call, L keys (cached and of this call), D hidden_size, H query and K key/value
+heads of size d.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,29 +25,32 @@ from transformers.utils.output_capturing import capture_outputs
 
 from vllm_yocou.config import YocoUConfig
 from vllm_yocou.reference.feed_forward import MLP, MoE, has_shared_expert_gate
-from vllm_yocou.rope import inverse_frequencies, rotate
+from vllm_yocou.reference.rotation import Rotation, rotate
 
 
 class WindowCacheLayer(DynamicSlidingWindowLayer):
     """KV cache of one (iteration, layer): the last W - 1 tokens. transformers' own keeps everything at W = 1."""
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add keys and values (B, K, N, d); return those that this call attends to, (B, K, L, d) each."""
         keys_BKLd, values_BKLd = super().update(key_states, value_states, *args, **kwargs)
         if self.sliding_window == 1:
-            self.keys, self.values = self.keys[:, :, :0], self.values[:, :, :0]
+            self.keys, self.values = keys_BKLd[:, :, :0], values_BKLd[:, :, :0]
         return keys_BKLd, values_BKLd
 
 
 class YocoUCache(Cache):
-    """T·S window caches, iteration-major (entry t·S + i), and behind them the one global cache (entry T·S)."""
+    """T·S window caches, iteration-major (entry t·S + i), followed by the one global cache (entry T·S)."""
 
     def __init__(self, config: YocoUConfig):
         windows = config.num_iterations * config.num_self_decoder_layers
-        super().__init__(layers=[WindowCacheLayer(config.sliding_window) for _ in range(windows)] + [DynamicLayer()])
+        super().__init__(layers=[*(WindowCacheLayer(config.sliding_window) for _ in range(windows)), DynamicLayer()])
 
 
 class Attention(nn.Module):
-    """What both decoders' attentions share: the query side, the call of the chosen attention function, the output."""
+    """What both decoders' attentions share: queries, the call of the configured attention function, the output."""
 
     is_causal = True
 
@@ -59,10 +64,18 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * head_dim, config.hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(head_dim, config.rms_norm_eps) if qk_norm else None
 
-    def query(self, h_BND: torch.Tensor, rotation) -> torch.Tensor:
+    def query(self, h_BND: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
         return heads_of(self.q_proj(h_BND), self.head_dim, self.q_norm, rotation if self.rope else None)
 
-    def attend(self, q_BHNd, k_BKLd, v_BKLd, mask, sliding_window: int | None, **kwargs) -> torch.Tensor:
+    def attend(
+        self,
+        q_BHNd: torch.Tensor,
+        k_BKLd: torch.Tensor,
+        v_BKLd: torch.Tensor,
+        mask: Any,
+        sliding_window: int | None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         out_BNHd, _ = attend(
             self, q_BHNd, k_BKLd, v_BKLd, mask, scaling=self.head_dim**-0.5, sliding_window=sliding_window, **kwargs
@@ -81,7 +94,15 @@ class WindowAttention(Attention):
         self.v_proj = nn.Linear(config.hidden_size, K * d, bias=False)
         self.k_norm = nn.RMSNorm(d, config.rms_norm_eps) if config.qk_norm != "none" else None
 
-    def forward(self, h_BND, iteration: int, rotation, mask, cache: YocoUCache | None, **kwargs) -> torch.Tensor:
+    def forward(
+        self,
+        h_BND: torch.Tensor,
+        iteration: int,
+        rotation: Rotation,
+        mask: Any,
+        cache: YocoUCache | None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         k_BKLd = heads_of(self.k_proj(h_BND), self.head_dim, self.k_norm, rotation)
         v_BKLd = heads_of(self.v_proj(h_BND), self.head_dim)
         if cache is not None:
@@ -92,13 +113,21 @@ class WindowAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """Cross-decoder attention: queries of its own over the global keys and values."""
+    """Cross-decoder attention: its own queries over the global keys and values."""
 
     def __init__(self, config: YocoUConfig):
         H, K, d = config.cross_num_attention_heads, config.cross_num_key_value_heads, config.cross_head_dim
         super().__init__(config, H, K, d, qk_norm=config.qk_norm == "all", rope=config.cross_decoder_rope)
 
-    def forward(self, h_BND, k_BKLd, v_BKLd, rotation, mask, **kwargs) -> torch.Tensor:
+    def forward(
+        self,
+        h_BND: torch.Tensor,
+        k_BKLd: torch.Tensor,
+        v_BKLd: torch.Tensor,
+        rotation: Rotation | None,
+        mask: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         return self.attend(self.query(h_BND, rotation), k_BKLd, v_BKLd, mask, None, **kwargs)
 
 
@@ -115,14 +144,14 @@ class GlobalKV(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm == "all" else None
 
-    def forward(self, x_BND: torch.Tensor, rotation) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x_BND: torch.Tensor, rotation: Rotation | None) -> tuple[torch.Tensor, torch.Tensor]:
         g_BND = self.norm(x_BND)
         k_BKNd = heads_of(self.k_proj(g_BND), self.head_dim, self.k_norm, rotation if self.rope else None)
         return k_BKNd, heads_of(self.v_proj(g_BND), self.head_dim)
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """Norms and feed-forward; the subclasses bring `attention`, named as in the checkpoint."""
+    """The half of a layer that both decoders have: two norms, and the feed-forward with its residual."""
 
     def __init__(self, config: YocoUConfig):
         super().__init__()
@@ -130,33 +159,34 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config) if config.is_moe else MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x_BND: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        x_BND = x_BND + self.attention(self.input_layernorm(x_BND), *args, **kwargs)
+    def feed_forward(self, x_BND: torch.Tensor) -> torch.Tensor:
         return x_BND + self.mlp(self.post_attention_layernorm(x_BND))
 
 
 class SelfDecoderLayer(DecoderLayer):
+    """A layer of the self-decoder. Its attention has the checkpoint's name, `self_attn`."""
+
     def __init__(self, config: YocoUConfig, layer: int):
         super().__init__(config)
         self.self_attn = WindowAttention(config, layer)
 
-    @property
-    def attention(self) -> nn.Module:
-        return self.self_attn
+    def forward(self, x_BND: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.feed_forward(x_BND + self.self_attn(self.input_layernorm(x_BND), *args, **kwargs))
 
 
 class CrossDecoderLayer(DecoderLayer):
+    """A layer of the cross-decoder. Its attention has the checkpoint's name, `cross_attn`."""
+
     def __init__(self, config: YocoUConfig):
         super().__init__(config)
         self.cross_attn = CrossAttention(config)
 
-    @property
-    def attention(self) -> nn.Module:
-        return self.cross_attn
+    def forward(self, x_BND: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.feed_forward(x_BND + self.cross_attn(self.input_layernorm(x_BND), *args, **kwargs))
 
 
 class Decoder(nn.Module):
-    """A stack of layers, so that the checkpoint's names read `self_decoder.layers.0` and `cross_decoder.layers.0`."""
+    """Holds a decoder's layers under the checkpoint's name for them; YocoUModel calls them one by one."""
 
     def __init__(self, layers: list[DecoderLayer]):
         super().__init__()
@@ -164,20 +194,25 @@ class Decoder(nn.Module):
 
 
 class YocoUPreTrainedModel(PreTrainedModel):
+    """What transformers wants to know of both model classes, and how a checkpoint says that its gate exists."""
+
     config_class = YocoUConfig
     config: YocoUConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SelfDecoderLayer", "CrossDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    # transformers declares these as instance attributes, so they cannot be class variables to ruff and mypy alike.
+    _no_split_modules = ["SelfDecoderLayer", "CrossDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": DecoderLayer}
+    _can_record_outputs = {"hidden_states": DecoderLayer}  # noqa: RUF012
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+    def from_pretrained(  # type: ignore[override]  # only a YocoUConfig fits
+        cls, pretrained_model_name_or_path: str, *args: Any, config: YocoUConfig | None = None, **kwargs: Any
+    ) -> Any:
         if config is None:
             config, kwargs = YocoUConfig.from_pretrained(
                 pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
@@ -192,7 +227,7 @@ class YocoUModel(YocoUPreTrainedModel):
 
     def __init__(self, config: YocoUConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.self_decoder = Decoder([SelfDecoderLayer(config, i) for i in range(config.num_self_decoder_layers)])
         self.global_kv = GlobalKV(config)
         self.cross_decoder = Decoder([CrossDecoderLayer(config) for _ in range(config.num_cross_decoder_layers)])
@@ -210,15 +245,19 @@ class YocoUModel(YocoUPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: YocoUCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """input_ids (B, N), attention_mask (B, past + N), position_ids (B, N) -> last_hidden_state (B, N, D)."""
+        """input_ids (B, N), attention_mask (B, past + N), position_ids (B, N) -> last_hidden_state (B, N, D).
+
+        Raises:
+            ValueError: both or neither of input_ids and inputs_embeds, or a cache of another model.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds: they are two forms of the same thing.")
         if past_key_values is not None and not isinstance(past_key_values, YocoUCache):
@@ -239,8 +278,10 @@ class YocoUModel(YocoUPreTrainedModel):
         mask_arguments = (cfg, x_BND, attention_mask, cache, position_ids)
         window_mask = create_sliding_window_causal_mask(*mask_arguments)
         global_mask = create_causal_mask(*mask_arguments)
-        rotation = self.rotation(position_ids, cfg.head_dim, x_BND)
-        cross_rotation = self.rotation(position_ids, cfg.cross_head_dim, x_BND) if cfg.cross_decoder_rope else None
+        dtype = at_least_float32(x_BND)
+        rotation, cross_rotation = Rotation.of(cfg, cfg.head_dim, position_ids, dtype), None
+        if cfg.cross_decoder_rope:
+            cross_rotation = Rotation.of(cfg, cfg.cross_head_dim, position_ids, dtype)
 
         for iteration in range(cfg.num_iterations):
             for layer in self.self_decoder.layers:
@@ -252,16 +293,11 @@ class YocoUModel(YocoUPreTrainedModel):
             x_BND = layer(x_BND, k_BKLd, v_BKLd, cross_rotation, global_mask, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BND), past_key_values=cache)
 
-    def rotation(self, position_ids: torch.Tensor, head_dim: int, like: torch.Tensor):
-        """cos and sin (B, 1, N, d/2) of RoPE and the layout flag, computed in at least float32."""
-        dtype = at_least_float32(like)
-        frequencies = inverse_frequencies(head_dim, self.config.rope_parameters, dtype, like.device)
-        angles_B1Nr = (position_ids[..., None].to(dtype) * frequencies)[:, None]
-        return angles_B1Nr.cos(), angles_B1Nr.sin(), self.config.rope_interleaved
-
 
 class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    """YocoUModel with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: YocoUConfig):
         super().__init__(config)
@@ -278,15 +314,15 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: YocoUCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, N or the last `logits_to_keep`, vocab_size), and the next-token loss when labels are given."""
         training = {key: kwargs.pop(key) for key in ("num_items_in_batch",) if key in kwargs}
@@ -313,19 +349,33 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
 
 
 def at_least_float32(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which angles and softmax are computed for x: its own, or float32 if that is wider."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def heads_of(x_BNX: torch.Tensor, head_dim: int, norm: nn.Module | None = None, rotation=None) -> torch.Tensor:
-    """Split a projection (B, N, heads · d) into (B, heads, N, d), then norm and rotate it where asked."""
+def heads_of(
+    x_BNX: torch.Tensor, head_dim: int, norm: nn.Module | None = None, rotation: Rotation | None = None
+) -> torch.Tensor:
+    """Split a projection (B, N, heads · d) into (B, heads, N, d); norm and rotate it where these are given."""
     x_BHNd = x_BNX.unflatten(-1, (-1, head_dim)).transpose(1, 2)
     if norm is not None:
         x_BHNd = norm(x_BHNd)
-    return x_BHNd if rotation is None else rotate(x_BHNd, *rotation)
+    return x_BHNd if rotation is None else rotate(x_BHNd, rotation)
 
 
-def eager_attention(module, q_BHNd, k_BKLd, v_BKLd, mask, scaling: float, **kwargs):
-    """Softmax attention written out, for `attn_implementation="eager"`. mask (B, 1, N, L) is additive."""
+def eager_attention(
+    module: Attention,
+    q_BHNd: torch.Tensor,
+    k_BKLd: torch.Tensor,
+    v_BKLd: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention written out, for `attn_implementation="eager"`, with an additive mask (B, 1, N, L).
+
+    Returns the output (B, N, H, d) and the weights (B, H, N, L).
+    """
     k_BHLd = repeat_kv(k_BKLd, module.num_key_value_groups)
     v_BHLd = repeat_kv(v_BKLd, module.num_key_value_groups)
     scores_BHNL = q_BHNd @ k_BHLd.transpose(-1, -2) * scaling
