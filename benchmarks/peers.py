@@ -1,4 +1,4 @@
-"""YOCO-U compared with what people would serve instead, in the same vLLM: Transformers, and looped models as vLLM has them.
+"""YOCO-U compared with what people would serve instead, in the same vLLM: Transformers, and vLLM's looped models.
 
 Peers have the width, heads and feed-forward of YOCO-U. One Transformer has as many layers as YOCO-U has layer passes,
 S·T + C, one as many as it stores, S + C. The looped ones are YOCO-U with a KV cache group for each cache, and vLLM's
@@ -31,7 +31,7 @@ from vllm import LLM
 from benchmarks.console import progress, publish
 from benchmarks.kv_layout import held_in_decode
 from benchmarks.results import Result
-from benchmarks.tables.comparisons import LIKE_PAPER, LOOPED, OURS
+from benchmarks.tables.comparisons import LIKE_PAPER, LOOPED, OURS, UNPACKED
 from vllm_yocou.cli.sizing import KVBytes, stored_parameters
 
 MARGIN = 4096  # tokens that a request has room for beyond its prompt, or in flight in a window cache
@@ -106,7 +106,7 @@ def peers(sizes: Sizes) -> dict[str, tuple[PretrainedConfig, dict[str, Any]]]:
         OURS: (ours, room),
         "Transformer, S·T + C layers": (llama(passes + cross), pool(passes + cross)),
         LIKE_PAPER: (llama(layers), pool(layers)),
-        "YOCO-U, a group for each cache": (ours, room | naive),
+        UNPACKED: (ours, room | naive),
         LOOPED: (looped, pool(layers, 1.25)),
     }
 

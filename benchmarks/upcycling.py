@@ -30,22 +30,22 @@ NEXT_TOKEN = 0.1  # weight of the next-token loss beside the divergence from the
 
 def choices(layers: int) -> tuple[dict[str, dict], dict[str, dict]]:
     """What is compared, for a source of this many layers: what is healed, and what is only started."""
-    half = layers // 2
+    half, default = layers // 2, "the boundary layer's, RoPE"
     own = dict(self_layers=half, attention_from=range(half, layers))
     healed = {
-        "attention of the boundary, RoPE": dict(self_layers=half),
-        "attention of their own, RoPE": own,
-        "attention of the boundary, NoPE": dict(self_layers=half, cross_rope=False),
-        "the same, RoPE, S two thirds": dict(self_layers=2 * layers // 3),
-        "the same, RoPE, T = 2": dict(self_layers=half, iterations=2),
-        "the same, RoPE, T = 3": dict(self_layers=half, iterations=3),
+        f"{default} (the default)": dict(self_layers=half),
+        "each layer's own, RoPE": own,
+        "the boundary layer's, NoPE": dict(self_layers=half, cross_rope=False),
+        f"{default}, S two thirds": dict(self_layers=2 * layers // 3),
+        f"{default}, T = 2": dict(self_layers=half, iterations=2),
+        f"{default}, T = 3": dict(self_layers=half, iterations=3),
     }
     started = {
-        "attention of their own, NoPE": own | dict(cross_rope=False),
-        "of the boundary, RoPE, C every second layer": dict(self_layers=half, cross_from=range(half, layers, 2)),
-        "the same, S every second layer": dict(self_from=range(0, half, 2), cross_from=range(half, layers)),
-        "the same, T = 2, self layers add half": dict(self_layers=half, iterations=2, scale=1 / 2),
-        "the same, T = 2, S a quarter": dict(self_layers=layers // 4, iterations=2),
+        "each layer's own, NoPE": own | dict(cross_rope=False),
+        f"{default}, every second cross layer": dict(self_layers=half, cross_from=range(half, layers, 2)),
+        f"{default}, every second self layer": dict(self_from=range(0, half, 2), cross_from=range(half, layers)),
+        f"{default}, T = 2, self layers scaled by 1/2": dict(self_layers=half, iterations=2, scale=1 / 2),
+        f"{default}, T = 2, S a quarter": dict(self_layers=layers // 4, iterations=2),
     }
     return healed, started
 

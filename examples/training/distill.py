@@ -41,9 +41,10 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from vllm_yocou.checkpoints.converter import copy_companions
-from vllm_yocou.cli import parameters
-from vllm_yocou.cli.command_line import read_config
+from vllm_yocou.checkpoints.write import copy_companions
+from vllm_yocou.cli import sizing
+from vllm_yocou.cli.config_file import read_keys
+from vllm_yocou.config import YocoUConfig
 from vllm_yocou.reference import YocoUForCausalLM
 
 LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
@@ -152,7 +153,7 @@ def step_flops(student: PreTrainedModel, teacher: PreTrainedModel, tokens: int) 
         matrices -= config.vocab_size * config.hidden_size  # the embeddings are looked up, not multiplied with
     width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
     forward = 2 * matrices * tokens + 4 * width * tokens * (tokens + 1) / 2
-    return 3 * parameters.row_flops(student.config, tokens) + forward
+    return 3 * sizing.row_flops(student.config, tokens) + forward
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -246,7 +247,7 @@ def training_arguments(arguments: argparse.Namespace) -> TrainingArguments:
 def load(arguments: argparse.Namespace) -> tuple[YocoUForCausalLM, PreTrainedModel, torch.dtype]:
     """Student in float32, source in the precision that was asked for, and the dtype that the student is stored in."""
     try:
-        dtype = read_config(str(arguments.student)).dtype
+        dtype = YocoUConfig.from_dict(read_keys(str(arguments.student))).dtype
         student = YocoUForCausalLM.from_pretrained(arguments.student, dtype=torch.float32)
         teacher = AutoModelForCausalLM.from_pretrained(arguments.source, dtype=DTYPES[arguments.precision]).eval()
     except (OSError, ValueError) as error:

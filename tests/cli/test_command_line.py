@@ -11,8 +11,10 @@ from harness import tiny
 from harness.checkout import TRAINED
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vllm_yocou.cli import command_line
-from vllm_yocou.cli.kv_bytes import KVBytes
+from vllm_yocou import __version__
+from vllm_yocou.checkpoints.sources import names
+from vllm_yocou.cli import command_line, environment
+from vllm_yocou.cli.sizing import KVBytes
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,47 @@ def test_info(checkpoint, capsys, monkeypatch):
     assert code == 0 and f"{facts['parameters']:,}" in printed
 
 
+def test_info_without_a_model_describes_the_machine(capsys, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "hunter2")
+    code, printed, _ = run(capsys, monkeypatch, "info", "--json")
+    assert (code, json.loads(printed)) == (0, environment.describe())
+    code, table, _ = run(capsys, monkeypatch, "info")
+    assert code == 0
+    assert __version__ in table
+    assert "VLLM_API_KEY" in table
+    assert "hunter2" not in printed + table
+
+
+# What takes seconds to import.
+HEAVY = {"torch", "vllm", "transformers", "safetensors"}
+LOADED = """
+import sys
+from vllm_yocou.cli.command_line import main
+try:
+    main()
+except SystemExit as end:
+    print(end.code, *sys.modules, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["kv", TRAINED], ["info", TRAINED], ["info"]])
+def test_what_needs_no_torch_imports_none(arguments):
+    ended = subprocess.run([sys.executable, "-c", LOADED, *arguments], capture_output=True, text=True, check=True)
+    code, *loaded = ended.stderr.split()
+    assert code in ("0", "None")
+    assert ended.stdout.strip()
+    assert not HEAVY & {module.partition(".")[0] for module in loaded}
+    assert "vllm_yocou.cli.sizing" in loaded
+
+
+def test_help_names_every_source(capsys, monkeypatch):
+    for command in ("convert", "upcycle"):
+        code, printed, _ = run(capsys, monkeypatch, command, "--help")
+        words = " ".join(printed.replace("│", " ").split())
+        assert code == 0
+        assert f"Folder of {names(command)}." in words
+
+
 def test_the_installed_command():
     command = Path(sys.executable).parent / "vllm-yocou"
     printed = subprocess.run([command, "info", TRAINED, "--json"], capture_output=True, text=True, check=True).stdout
@@ -123,7 +166,7 @@ def test_upcycle(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        (["kv", "{}/broken"], "not a valid JSON file"),
+        (["kv", "{}/broken"], "config.json is not JSON"),
         (["kv", "{}/other"], "is of model_type 'llama': give a checkpoint of 'yoco_u'"),
         (["kv", "{}/incomplete"], "config key 'vocab_size' is missing"),
         (["info", "{}/absent"], "absent"),
@@ -134,7 +177,7 @@ def test_upcycle(tmp_path, capsys, monkeypatch):
             "num_attention_heads 4 is not divisible by the tensor parallel size 3",
         ),
         (["kv", "{}", "--context", "9" * 400], "is more than anything holds"),
-        (["kv", "{}/list"], "AttributeError"),
+        (["kv", "{}/list"], "config.json is not a JSON object"),
         (["info", "{}[/b]"], "[/b]"),
         (["kv", "{}", "--tp", "0"], "Invalid value for '--tp'"),
         (["kv", "{}", "--kv-cache-dtype", "int3"], "'int3' is not one of"),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_yocou.cli import parameters
+from vllm_yocou.cli import sizing
 
 SETTINGS = ("--sequence", "48", "--steps", "4", "--batch", "2", "--accumulate", "2", "--every", "2", "--held-out", "4")
 
@@ -160,8 +160,8 @@ def test_operations_of_a_step_are_those_that_torch_counts(distill, material):
         products = counter.get_flop_counts()["Global"].items()
         counted[name] = sum(flops for kind, flops in products if "mm" in str(kind) and "bmm" not in str(kind))
     config = models["made"].config
-    seen = sum(parameters.flops(config, n) - parameters.flops(config, 0) for n in range(1, 49))
-    assert parameters.row_flops(config, 48) == counted["made"] + seen
+    seen = sum(sizing.flops(config, n) - sizing.flops(config, 0) for n in range(1, 49))
+    assert sizing.row_flops(config, 48) == counted["made"] + seen
     llama_attention = 5 * 4 * 4 * 16 * 48 * 49 / 2
     expected = 3 * (counted["made"] + seen) + counted["llama"] + llama_attention
     found = distill.step_flops(models["made"], models["llama"], 48)

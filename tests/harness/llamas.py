@@ -6,7 +6,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from vllm_yocou.checkpoints import converter, upcycling
+from vllm_yocou.checkpoints.llama import Upcycling
+from vllm_yocou.checkpoints.plan import Plan
+from vllm_yocou.checkpoints.plan import plan as plan_of
+from vllm_yocou.checkpoints.sources import recognise
+from vllm_yocou.checkpoints.write import write
 
 VOCABULARY = 97
 TEXT = "\n".join(f"On day {day} the {beast} went over the {place}." for day in range(160) for beast in ("ox", "hen")
@@ -26,12 +30,10 @@ def save_llama(folder, shard="1GB", **changed) -> LlamaForCausalLM:
     return llama
 
 
-def upcycle(source, destination, iterations=1, window=64, cross_rope=True, shard_bytes=1 << 30, **chosen):
-    plan, layers = upcycling.plan(
-        source, destination, iterations=iterations, window=window, cross_rope=cross_rope, **chosen
-    )
-    converter.write(plan, shard_bytes, lambda written: None)
-    return plan, layers
+def upcycle(source, destination, iterations=1, window=64, shard_bytes=1 << 30, dtype=None, **chosen) -> Plan:
+    plan = plan_of(recognise("upcycle", source, Upcycling(iterations, window, **chosen)), destination, dtype)
+    write(plan, shard_bytes, lambda written: None)
+    return plan
 
 
 def save_material(folder, **changed) -> None:

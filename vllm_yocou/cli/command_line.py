@@ -1,11 +1,12 @@
-"""`vllm-yocou`: what a model needs, before anything is started. Errors are one line and exit code 2."""
+"""`vllm-yocou`: what a model needs, before anything is started. Errors are one line and exit code 2.
+
+Importing this module imports neither torch nor transformers, which take seconds: each command imports what it needs.
+"""
 
 import json
-import re
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -13,99 +14,38 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vllm_yocou.cli import parameters
-from vllm_yocou.cli.kv_bytes import KVBytes
-from vllm_yocou.config import YocoUConfig
+from vllm_yocou.cli import arguments, environment, sizing
+from vllm_yocou.cli.arguments import LARGEST_SHARD, CacheType
+from vllm_yocou.cli.config_file import read_architecture
 
-UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+if TYPE_CHECKING:
+    from vllm_yocou.checkpoints.plan import Plan
+
 MIB = 1 << 20
 
-
-class CacheType(StrEnum):
-    """Data types of keys and values."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
-    fp8 = "fp8"
-
-    @property
-    def bytes(self) -> int:
-        return {"float32": 4, "fp8": 1}.get(self.value, 2)
-
-
-class WeightType(StrEnum):
-    """Data types of weights."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
-
-
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="YOCO-U models: what they are and what they need.")
-Model = Annotated[str, typer.Argument(help="Checkpoint folder, config.json or name on the Hugging Face hub.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-
-def size(text: str | int) -> int:
-    """A whole number, by itself or with k, m or g for powers of 1024: 256k, 40g, 40GiB."""
-    found = re.fullmatch(r"(\d+)([kmg]?)(?:i?b)?", str(text).strip().lower())
-    if found is None or int(found[1]) == 0:
-        raise typer.BadParameter(f"'{text}' is not a positive whole number with k, m or g behind it.")
-    if len(found[1]) > 15:
-        raise typer.BadParameter(f"'{found[1][:15]}...' is more than anything holds.")
-    return int(found[1]) * UNITS[found[2]]
-
-
-def read_config(model: str) -> YocoUConfig:
-    found, _ = YocoUConfig.get_config_dict(model)
-    if found.get("model_type") != YocoUConfig.model_type:
-        raise ValueError(
-            f"{model} is of model_type '{found.get('model_type')}': give a checkpoint of '{YocoUConfig.model_type}'."
-        )
-    config = YocoUConfig.from_pretrained(model)
-    weights = not Path(model).is_file()  # a config.json alone does not say whether a shared expert is gated
-    if weights and config.leaves_gate_to_weights:
-        from vllm_yocou.reference.feed_forward import has_shared_expert_gate  # torch takes seconds to import
-
-        config.shared_expert_gate = has_shared_expert_gate(model)
-    return config
 
 
 @app.command()
 def kv(
-    model: Model,
-    context: Annotated[int, typer.Option(parser=size, metavar="TOKENS", help="Tokens of a request, as 256k.")] = 32768,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at the same time.")] = 1,
-    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks; all figures are for one rank.")] = 1,
-    kv_cache_dtype: Annotated[CacheType, typer.Option(help="Data type of keys and values.")] = CacheType.bfloat16,
-    budget: Annotated[
-        int | None, typer.Option(parser=size, metavar="BYTES", help="KV memory of a rank, as 40g.")
-    ] = None,
-    as_json: AsJson = False,
+    model: arguments.Model,
+    context: arguments.Context = 32768,
+    concurrency: arguments.Concurrency = 1,
+    tp: arguments.Ranks = 1,
+    kv_cache_dtype: arguments.KVCacheType = CacheType.bfloat16,
+    budget: arguments.Budget = None,
+    as_json: arguments.AsJson = False,
 ) -> None:
     """KV-cache bytes of this model, of plain YOCO and of a Transformer of the same shape."""
-    config = read_config(model)
+    config = read_architecture(model)
     config.check_ranks(tp)
     width = kv_cache_dtype.bytes
     ways = {
-        f"YOCO-U, T = {config.num_iterations}": KVBytes.yoco_u(config, width, tp),
-        "YOCO, T = 1": KVBytes.yoco_u(config, width, tp, iterations=1),
-        f"Transformer, {config.num_hidden_layers} layers": KVBytes.transformer(config, width, tp),
+        f"YOCO-U, T = {config.num_iterations}": sizing.KVBytes.yoco_u(config, width, tp),
+        "YOCO, T = 1": sizing.KVBytes.yoco_u(config, width, tp, iterations=1),
+        f"Transformer, {config.num_hidden_layers} layers": sizing.KVBytes.transformer(config, width, tp),
     }
-    rows = []
-    for name, cost in ways.items():
-        request = cost.of_request(context)
-        row = {
-            "architecture": name,
-            "global_bytes": request - cost.of_windows(context),
-            "window_bytes": cost.of_windows(context),
-            "request_bytes": request,
-            "all_bytes": request * concurrency,
-        }
-        if budget is not None:
-            row["tokens_in_budget"] = cost.tokens_in(budget // concurrency)
-        rows.append(row)
+    rows = [{"architecture": name} | _needs(cost, context, concurrency, budget) for name, cost in ways.items()]
     if as_json:
         print(json.dumps({"context": context, "concurrency": concurrency, "tp": tp, "rows": rows}, indent=2))
         return
@@ -116,24 +56,46 @@ def kv(
     for column in columns:
         table.add_column(column, justify="left" if column == "architecture" else "right")
     for row in rows:
-        cells = [
-            f"{value:,}" if key == "tokens_in_budget" else f"{value / MIB:,.1f} MiB"
-            for key, value in row.items()
-            if key != "architecture"
-        ]
-        table.add_row(row["architecture"], *cells)
+        name, *figures = row.items()
+        cells = [f"{value:,}" if key == "tokens_in_budget" else f"{value / MIB:,.1f} MiB" for key, value in figures]
+        table.add_row(name[1], *cells)
     Console().print(table)
+
+
+def _needs(cost: sizing.KVBytes, context: int, concurrency: int, budget: int | None) -> dict[str, Any]:
+    """A row of `kv` in bytes and, where there is a budget, in tokens."""
+    request = cost.of_request(context)
+    row = {
+        "global_bytes": request - cost.of_windows(context),
+        "window_bytes": cost.of_windows(context),
+        "request_bytes": request,
+        "all_bytes": request * concurrency,
+    }
+    if budget is not None:
+        row["tokens_in_budget"] = cost.tokens_in(budget // concurrency)
+    return row
 
 
 @app.command()
 def info(
-    model: Model,
-    context: Annotated[int, typer.Option(parser=size, metavar="TOKENS", help="Context of the decoded token.")] = 4096,
-    as_json: AsJson = False,
+    model: arguments.AnyModel = None,
+    context: arguments.DecodedAt = 4096,
+    as_json: arguments.AsJson = False,
 ) -> None:
-    """Architecture, parameters and operations of a model."""
-    config = read_config(model)
-    facts = {
+    """Architecture, parameters and operations of a model; without one, what a bug report says about this machine."""
+    if model is None:
+        report = environment.describe()
+        if as_json:
+            print(json.dumps(report, indent=2))
+        else:
+            Console().print(_table_of(report))
+        return
+    config = read_architecture(model)
+    if config.leaves_gate_to_weights and not Path(model).is_file():  # a config.json alone has no weights to say it
+        from vllm_yocou.reference.feed_forward import has_shared_expert_gate
+
+        config.shared_expert_gate = has_shared_expert_gate(model)
+    facts: dict[str, int | str | None] = {
         "self_decoder_layers": config.num_self_decoder_layers,
         "cross_decoder_layers": config.num_cross_decoder_layers,
         "iterations": config.num_iterations,
@@ -144,9 +106,9 @@ def info(
         "cross_decoder_heads": f"{config.cross_num_attention_heads} query, {config.cross_num_key_value_heads} KV of "
         f"{config.cross_head_dim}",
         "experts": f"{config.num_experts_per_tok} of {config.num_experts}" if config.is_moe else None,
-        "parameters": parameters.stored(config),
-        "active_parameters": parameters.active(config),
-        f"flops_a_token_at_{context}": parameters.flops(config, context),
+        "parameters": sizing.stored_parameters(config),
+        "active_parameters": sizing.active_parameters(config),
+        f"flops_a_token_at_{context}": sizing.flops(config, context),
     }
     if as_json:
         print(json.dumps(facts, indent=2))
@@ -158,27 +120,33 @@ def info(
     Console().print(table)
 
 
-Destination = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write, which must not be there yet.")]
-StoredType = Annotated[WeightType | None, typer.Option(help="Data type of the weights, by default as they are.")]
-ShardSize = Annotated[int, typer.Option(parser=size, metavar="BYTES", help="Largest file.")]
-LARGEST_SHARD = 5 << 30
+def _table_of(report: dict[str, dict[str, Any]]) -> Table:
+    table = Table(show_header=False)
+    for section, entries in report.items():
+        table.add_row(f"[bold]{section}[/bold]")
+        for name, value in entries.items():
+            shown = ", ".join(value) if isinstance(value, list) else value
+            table.add_row(escape(name), "none" if shown in (None, "") else escape(str(shown)))
+        table.add_section()
+    return table
 
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the authors' or of a 2024 YOCO checkpoint.")],
-    destination: Destination,
-    dtype: StoredType = None,
-    shard_size: ShardSize = LARGEST_SHARD,
-    context: Annotated[
-        int | None, typer.Option(parser=size, metavar="TOKENS", help="Longest context, if the source does not say.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would become of every tensor.")] = False,
+    source: arguments.Convertible,
+    destination: arguments.Destination,
+    dtype: arguments.StoredType = None,
+    shard_size: arguments.ShardSize = LARGEST_SHARD,
+    context: arguments.UnsaidContext = None,
+    dry_run: arguments.TensorsOnly = False,
 ) -> None:
     """Write a foreign YOCO checkpoint as a YOCO-U checkpoint for this plugin."""
-    from vllm_yocou.checkpoints import converter  # torch takes seconds to import
+    from vllm_yocou.checkpoints.plan import plan as plan_of
+    from vllm_yocou.checkpoints.sources import recognise
+    from vllm_yocou.checkpoints.tensors import source_files
 
-    plan = converter.plan(source, destination, dtype and dtype.value, context)
+    source_files(source)  # a folder without weights is told so, whatever else it lacks
+    plan = plan_of(recognise("convert", source, context), destination, dtype and dtype.value)
     if dry_run:
         for step in plan.steps:
             stored = f"{list(step.tensor.shape)} {step.dtype}".replace("torch.", "")
@@ -186,103 +154,72 @@ def convert(
         for name, reason in plan.left_out.items():
             print(f"{name} -> left out: {reason}")
         return
-    write(plan, shard_size)
+    _write(plan, shard_size)
     for name, reason in plan.left_out.items():
         print(f"left out: {name} ({reason})")
     print(f"{destination}: {len(plan.steps)} tensors, ready for vllm serve.")
 
 
-def write(plan, shard_size: int) -> None:
-    """Carry out a converter.Plan behind a progress bar."""
-    from vllm_yocou.checkpoints import converter
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(escape(str(plan.destination)), total=sum(step.bytes for step in plan.steps))
-        converter.write(plan, shard_size, lambda written: progress.advance(task, written))
-
-
-def layers(text: str) -> tuple[int, ...]:
-    """Layer numbers and ranges, both ends included: 0-9,12,14."""
-    found = []
-    for part in str(text).split(","):
-        ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
-        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
-        if last < first:
-            raise typer.BadParameter(f"'{part}' is neither a layer's number nor a range of them, as in 0-9,12,14.")
-        found.extend(range(first, last + 1))
-    return tuple(found)
-
-
 @app.command()
 def upcycle(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Llama in Hugging Face's format.")],
-    destination: Destination,
-    iterations: Annotated[int, typer.Option(min=1, help="T, how often the self-decoder runs.")],
-    self_layers: Annotated[
-        int | None, typer.Option(min=1, help="S, layers of the self-decoder, by default half of the source's.")
-    ] = None,
-    window: Annotated[int, typer.Option(min=1, help="W, tokens that a self layer sees, itself included.")] = 512,
-    self_from: Annotated[
-        tuple | None,
-        typer.Option(parser=layers, metavar="LAYERS", help="Source layers of the self layers, by default the first S."),
-    ] = None,
-    global_from: Annotated[
-        int | None, typer.Option(min=0, help="Source layer of the global K and V, by default the first cross layer's.")
-    ] = None,
-    attention_from: Annotated[
-        tuple | None,
-        typer.Option(
-            parser=layers,
-            metavar="LAYERS",
-            help="Source layers of the cross layers' attention, by default for each the one of the global K and V.",
-        ),
-    ] = None,
-    cross_from: Annotated[
-        tuple | None,
-        typer.Option(
-            parser=layers,
-            metavar="LAYERS",
-            help="Source layers of the cross layers' feed-forward, by default those behind the self layers'.",
-        ),
-    ] = None,
-    cross_rope: Annotated[bool, typer.Option(help="Rotate the cross-decoder's queries and the global keys.")] = True,
-    dtype: StoredType = None,
-    shard_size: ShardSize = LARGEST_SHARD,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print which layer would become what.")] = False,
+    source: arguments.Upcyclable,
+    destination: arguments.Destination,
+    iterations: arguments.Iterations,
+    self_layers: arguments.SelfLayers = None,
+    window: arguments.Window = 512,
+    self_from: arguments.SelfFrom = None,
+    global_from: arguments.GlobalFrom = None,
+    attention_from: arguments.AttentionFrom = None,
+    cross_from: arguments.CrossFrom = None,
+    cross_rope: arguments.CrossRope = True,
+    dtype: arguments.StoredType = None,
+    shard_size: arguments.ShardSize = LARGEST_SHARD,
+    dry_run: arguments.LayersOnly = False,
 ) -> None:
     """Make a YOCO-U checkpoint out of the layers of a Llama. It has to be trained before it is of use."""
-    from vllm_yocou.checkpoints import upcycling
+    from vllm_yocou.checkpoints.llama import Upcycling
+    from vllm_yocou.checkpoints.plan import plan as plan_of
+    from vllm_yocou.checkpoints.sources import recognise
 
-    plan, chosen = upcycling.plan(
-        source,
-        destination,
+    asked = Upcycling(
         iterations=iterations,
         window=window,
         cross_rope=cross_rope,
-        dtype=dtype and dtype.value,
         self_layers=self_layers,
         self_from=self_from,
         global_from=global_from,
         attention_from=attention_from,
         cross_from=cross_from,
     )
+    recognised = recognise("upcycle", source, asked)
+    plan = plan_of(recognised, destination, dtype and dtype.value)
     config = plan.config
     title = f"S = {config.num_self_decoder_layers}, T = {iterations}, W = {window}, "
     title += f"C = {config.num_cross_decoder_layers} {'with RoPE' if cross_rope else 'without RoPE'}"
     table = Table("YOCO-U", "attention, its norm", "feed-forward, its norm", title=title)
-    for here, attention, feed_forward in chosen.rows():
+    for here, attention, feed_forward in recognised.layers:
         table.add_row(here, f"layer {attention}", "" if feed_forward is None else f"layer {feed_forward}")
     Console().print(table)
     print(f"{len(plan.left_out)} tensors of the source are not used.")
     if not dry_run:
-        write(plan, shard_size)
+        _write(plan, shard_size)
         print(
             f"{destination}: {len(plan.steps)} tensors. Heal it with examples/training/distill.py before you serve it."
         )
 
 
+def _write(plan: "Plan", shard_size: int) -> None:
+    """Carry out a plan, with a progress bar."""
+    from vllm_yocou.checkpoints.write import write
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(escape(str(plan.destination)), total=sum(step.bytes for step in plan.steps))
+        write(plan, shard_size, lambda written: progress.advance(task, written))
+
+
 def main() -> None:
+    """The command's entry point: it exits with 0, or with 2 after one line."""
     try:
         sys.exit(app(standalone_mode=False))
     except typer.Abort:

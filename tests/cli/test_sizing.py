@@ -1,9 +1,12 @@
-"""The paper's table to the megabyte, and a few bytes counted by hand."""
+"""Bytes are the paper's to the megabyte; parameters and operations are the reference model's, counted by torch."""
 
 import pytest
+import torch
 from harness import tiny
+from torch.utils.flop_counter import FlopCounterMode
 
-from vllm_yocou.cli.kv_bytes import KVBytes
+from vllm_yocou.cli import sizing
+from vllm_yocou.cli.sizing import KVBytes
 from vllm_yocou.config import YocoUConfig
 
 # arXiv 2604.01220: tokens in K, MiB of a Transformer, of YOCO, of YOCO-U.
@@ -50,3 +53,35 @@ def test_what_fits_is_the_inverse(tokens):
     for cost in (KVBytes.yoco_u(tiny.config(), 2), KVBytes.transformer(tiny.config(), 2)):
         need = cost.of_request(tokens)
         assert (cost.tokens_in(need - 1), cost.tokens_in(need)) == (tokens - 1, tokens)
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_parameters(name):
+    model = tiny.model(tiny.CONFIGS[name])
+    assert sizing.stored_parameters(model.config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+@torch.no_grad()
+def test_matrix_operations_of_a_token(name):
+    model = tiny.model(tiny.CONFIGS[name])
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(torch.tensor([[5]]), use_cache=False)
+    counted = counter.get_flop_counts()["Global"]
+    matrices = sum(
+        count for operation, count in counted.items() if "mm" in str(operation) and "bmm" not in str(operation)
+    )
+    assert sizing.flops(model.config, 0) == matrices
+
+
+def test_attention_operations():
+    cfg = tiny.config()  # T·S = 6 windows of 16, two cross layers; 4 heads of 32
+    assert sizing.flops(cfg, 10) - sizing.flops(cfg, 0) == 4 * 4 * 32 * (6 * 10 + 2 * 10)
+    assert sizing.flops(cfg, 100) - sizing.flops(cfg, 0) == 4 * 4 * 32 * (6 * 16 + 2 * 100)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 50])
+def test_operations_of_a_row(tokens):
+    cfg = tiny.config()  # W 16
+    assert sizing.row_flops(cfg, tokens) == sum(sizing.flops(cfg, n) for n in range(1, tokens + 1))

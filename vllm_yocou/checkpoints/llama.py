@@ -2,22 +2,24 @@
 
 Every tensor of the new model is one of the source's. A self layer takes a whole source layer; a cross layer takes the
 queries and the output of one layer's attention and the feed-forward of one; the global K and V are those of one. By
-default the first S layers become the self-decoder, and all cross layers attend as the first layer behind those does,
+default the first S layers become the self-decoder, and all cross layers attend as the first layer after those does,
 whose keys and values they read. So with T = 1, RoPE in the cross-decoder and a window that no prompt exceeds, the new
-model computes what the source computes up to and including that layer. What is behind it reads keys and values of
+model computes what the source computes up to and including that layer. The layers after it read keys and values of
 another layer, and every further iteration reads its own output: training has to heal that.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import LlamaConfig
 
-from vllm_yocou.checkpoints.converter import Plan, assemble, read_tensors, redundant
-from vllm_yocou.checkpoints.foreign import json_object
 from vllm_yocou.checkpoints.format import expected_shapes
+from vllm_yocou.checkpoints.mapping import Mapping, Source, redundant
+from vllm_yocou.checkpoints.tensors import SourceTensor
 from vllm_yocou.config import YocoUConfig
 
 # Values of a Llama's config with which it computes what a YOCO-U layer can.
@@ -39,6 +41,27 @@ SHARED_KEYS = (
     "bos_token_id",
     "eos_token_id",
 )
+
+
+@dataclass(frozen=True)
+class Upcycling:
+    """What a user may ask for; layers are numbers of source layers, counted from 0.
+
+    Attributes:
+        iterations, window: T and W of the new model.
+        cross_rope: whether the cross-decoder's queries and the global keys are rotated, as the source's were.
+        self_layers: S, by default as many as `self_from` names, or else half of the source's.
+        self_from, global_from, attention_from, cross_from: as in `Layers`, by default what `choose` says.
+    """
+
+    iterations: int
+    window: int
+    cross_rope: bool = True
+    self_layers: int | None = None
+    self_from: Sequence[int] | None = None
+    global_from: int | None = None
+    attention_from: Sequence[int] | None = None
+    cross_from: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,30 +104,17 @@ class Layers:
         ]
 
 
-def choose(
-    source_layers: int,
-    self_layers: int | None = None,
-    self_from: Sequence[int] | None = None,
-    global_from: int | None = None,
-    attention_from: Sequence[int] | None = None,
-    cross_from: Sequence[int] | None = None,
-) -> Layers:
+def choose(source_layers: int, asked: Upcycling) -> Layers:
     """The layers that were asked for; the rest as benchmarks/upcycling.py found it best.
 
-    By default the first S layers become the self-decoder, all behind them the cross-decoder, and every cross layer
+    By default the first S layers become the self-decoder, all after them the cross-decoder, and every cross layer
     attends as the layer does whose keys and values it reads: the first of them.
 
     Raises:
         ValueError: a layer that the source does not have, or lists that do not go together.
     """
-    if self_layers is None:
-        self_layers = source_layers // 2 if self_from is None else len(self_from)
-    if self_from is None:
-        self_from = range(self_layers)
-    if len(self_from) != self_layers:
-        raise ValueError(
-            f"--self-from names {len(self_from)} layers and --self-layers says {self_layers}: give one of them."
-        )
+    self_from = _self_from(source_layers, asked)
+    cross_from = asked.cross_from
     if cross_from is None:
         cross_from = range(max(self_from, default=-1) + 1, source_layers)
     if not self_from or not cross_from:
@@ -113,8 +123,8 @@ def choose(
             "cross-decoder: both need one, choose --self-layers between 1 and "
             f"{source_layers - 1} or name the layers."
         )
-    if global_from is None:
-        global_from = cross_from[0]
+    global_from = cross_from[0] if asked.global_from is None else asked.global_from
+    attention_from = asked.attention_from
     if attention_from is None:
         attention_from = [global_from] * len(cross_from)
     if len(attention_from) != len(cross_from):
@@ -124,8 +134,8 @@ def choose(
         )
     layers = Layers(self_from, global_from, attention_from, cross_from)
     for name, *chosen in layers.rows():
-        for layer in filter(None, chosen):
-            if layer >= source_layers:
+        for layer in chosen:
+            if layer is not None and layer >= source_layers:
                 raise ValueError(
                     f"{name} is to come from layer {layer}: the source has layers 0 to {source_layers - 1}, choose "
                     "one of them."
@@ -133,17 +143,25 @@ def choose(
     return layers
 
 
-def llama_config(source: Path) -> LlamaConfig:
-    """The config of the Llama in the folder `source`.
+def _self_from(source_layers: int, asked: Upcycling) -> Sequence[int]:
+    if asked.self_from is None:
+        return range(source_layers // 2 if asked.self_layers is None else asked.self_layers)
+    if asked.self_layers not in (None, len(asked.self_from)):
+        raise ValueError(
+            f"--self-from names {len(asked.self_from)} layers and --self-layers says {asked.self_layers}: give one of "
+            "them."
+        )
+    return asked.self_from
+
+
+def recognise(folder: Path, keys: dict[str, Any], asked: Upcycling) -> Source | None:
+    """The Llama in `folder`, if the `keys` of its config.json are one's.
 
     Raises:
-        ValueError: it is something else, or computes what YOCO-U does not.
+        ValueError: it computes what YOCO-U does not, or does not have the layers that were asked for.
     """
-    if not (source / "config.json").exists():
-        raise ValueError(f"{source} has no config.json: give the folder of a Llama in Hugging Face's format.")
-    keys = json_object(source / "config.json")
-    if keys.get("model_type") != "llama":
-        raise ValueError(f"the source is of model_type '{keys.get('model_type')}': upcycle makes YOCO-U from 'llama'.")
+    if keys.get("model_type") != LlamaConfig.model_type:
+        return None
     if keys.get("quantization_config"):
         raise ValueError("the source's 'quantization_config' says that it is quantized: upcycle the weights before.")
     llama = LlamaConfig.from_dict(keys)
@@ -153,59 +171,41 @@ def llama_config(source: Path) -> LlamaConfig:
                 f"the source's '{key}' is {value!r}: YOCO-U computes nothing of that kind, upcycle a Llama with "
                 f"{plain!r}."
             )
-    return llama
-
-
-def plan(
-    source: Path,
-    destination: Path,
-    *,
-    iterations: int,
-    window: int,
-    cross_rope: bool,
-    dtype: str | None = None,
-    **chosen,
-) -> tuple[Plan, Layers]:
-    """Find out how the Llama in the folder `source` becomes a YOCO-U model in the folder `destination`.
-
-    Args:
-        iterations, window: T and W of the new model.
-        cross_rope: whether the cross-decoder's queries and the global keys are rotated, as the source's were.
-        dtype: of all tensors, by default each one's own.
-        chosen: as `choose` takes them.
-
-    Raises:
-        ValueError: the source is no Llama, or one with parts that YOCO-U lacks; layers that it does not have; or
-            `destination` is there already.
-    """
-    llama = llama_config(source)
-    layers = choose(llama.num_hidden_layers, **chosen)
+    layers = choose(llama.num_hidden_layers, asked)
     config = YocoUConfig(
         **{key: getattr(llama, key) for key in SHARED_KEYS},
-        rope_parameters={key: value for key, value in llama.rope_parameters.items() if value is not None},
+        rope_parameters={key: value for key, value in (llama.rope_parameters or {}).items() if value is not None},
         num_hidden_layers=len(layers.self_from) + len(layers.cross_from),
         num_self_decoder_layers=len(layers.self_from),
-        num_iterations=iterations,
-        sliding_window=window,
-        cross_decoder_rope=cross_rope,
+        num_iterations=asked.iterations,
+        sliding_window=asked.window,
+        cross_decoder_rope=asked.cross_rope,
     )
-    tensors = read_tensors(source)
+    return Source(
+        folder,
+        partial(mapping, config=config, layers=layers, source_layers=llama.num_hidden_layers),
+        layers.rows(),
+    )
+
+
+def mapping(tensors: dict[str, SourceTensor], config: YocoUConfig, layers: Layers, source_layers: int) -> Mapping:
+    """What becomes of the tensors: those of chosen layers are used, once or more, and the others are left out."""
     origins = {target: layers.origin(target) for target in expected_shapes(config)}
-    left_out, unexpected = {}, []
+    found = Mapping(config, origins, {}, [])
     used = set(origins.values())
     for name in (name for name in tensors if name not in used):
-        reason = redundant(name, tensors[name], config, is_head=name == "lm_head.weight") or _not_chosen(name, llama)
-        if reason:
-            left_out[name] = reason
+        reason = redundant(name, tensors[name], config, is_head=name == "lm_head.weight")
+        if reason := reason or _not_chosen(name, source_layers):
+            found.left_out[name] = reason
         else:
-            unexpected.append(name)
-    return assemble(source, destination, config, tensors, origins, left_out, unexpected, dtype), layers
+            found.unexpected.append(name)
+    return found
 
 
-def _not_chosen(name: str, llama: LlamaConfig) -> str | None:
-    """Why a tensor of a layer of this Llama has no place; None for one that is no Llama's."""
+def _not_chosen(name: str, source_layers: int) -> str | None:
+    """Why a tensor of one of the source's layers has no place; None for a tensor that is not a Llama's."""
     norms, matrices = r"(?:input|post_attention)_layernorm", r"self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj"
     found = re.fullmatch(rf"model\.layers\.(\d+)\.(?:{norms}|{matrices})\.weight", name)
-    if found is None or int(found[1]) >= llama.num_hidden_layers:
+    if found is None or int(found[1]) >= source_layers:
         return None
     return "not asked for"

@@ -1,0 +1,84 @@
+"""A plan accounts for every tensor of the source and of the new checkpoint before anything is written.
+
+Making a checkpoint goes through one path, whatever the source: `sources.recognise` finds its schema, that schema's
+module maps its tensors, `plan` checks the mapping against the config, and `write` carries the plan out. A new schema is
+one file in this package, with `recognise` and `mapping` as in authors.py, and one entry in `sources.SOURCES`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vllm_yocou.checkpoints.format import deviations, expected_shapes
+from vllm_yocou.checkpoints.mapping import Source
+from vllm_yocou.checkpoints.tensors import SourceTensor, read_tensors
+from vllm_yocou.config import YocoUConfig
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One tensor's way: its name there, its name here, and how it is stored here."""
+
+    source: str
+    target: str
+    tensor: SourceTensor
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.tensor.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checkpoint to be written, checked against its config and not begun.
+
+    Attributes:
+        source, destination: folders; the second does not exist yet.
+        config: of the new checkpoint.
+        steps: every tensor of the new checkpoint, in its order.
+        left_out: source tensors that have no place in it, with the reason.
+    """
+
+    source: Path
+    destination: Path
+    config: YocoUConfig
+    steps: list[Step]
+    left_out: dict[str, str]
+
+
+def plan(source: Source, destination: Path, dtype: str | None = None) -> Plan:
+    """Find out how `source` becomes a YOCO-U checkpoint in the folder `destination`.
+
+    Args:
+        dtype: of all tensors, by default each one's own.
+
+    Raises:
+        ValueError: the source cannot be read; a tensor is missing, unexpected, misshapen or not of floating point; or
+            `destination` exists already.
+    """
+    if destination.exists():
+        raise ValueError(f"{destination} is there already: give a folder that is not.")
+    tensors = read_tensors(source.folder)
+    mapping = source.mapping(tensors)
+    steps, missing, misshapen = [], set(), []
+    for target, shape in expected_shapes(mapping.config).items():
+        name = mapping.origins.get(target, target)
+        tensor = tensors.get(name) if target in mapping.origins else None
+        if tensor is None:
+            missing.add(name)
+        elif tensor.shape != shape:
+            misshapen.append(f"{name} is {list(tensor.shape)} instead of {list(shape)}")
+        elif not tensor.dtype.is_floating_point:
+            misshapen.append(f"{name} is of {tensor.dtype}")
+        else:
+            steps.append(Step(name, target, tensor, DTYPES[dtype] if dtype else tensor.dtype))
+    if problems := deviations(sorted(missing), mapping.unexpected, misshapen):
+        raise ValueError(f"the source does not fit its config, {problems}. Correct the config or the source.")
+    # The format says by the weights alone whether a shared expert is gated.
+    mapping.config.shared_expert_gate = None
+    mapping.config.dtype = str(steps[0].dtype).removeprefix("torch.")
+    return Plan(source.folder, destination, mapping.config, steps, mapping.left_out)

@@ -1,0 +1,100 @@
+"""A damaged or foreign checkpoint ends in one error that names what is wrong with it, and is never served.
+
+The loader compares what it is given with the table of `format`, so a wrong checkpoint ends in one error that names the
+missing, unexpected and misshapen tensors, the first six of each kind. Damage that leaves the names and shapes as they
+are is seen as far as it makes a file unreadable or a number NaN or infinite.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from vllm_yocou.checkpoints.format import deviations, expected_shapes, listed
+from vllm_yocou.checkpoints.tensors import weight_files
+from vllm_yocou.config import YocoUConfig
+
+# What a quantization method calls the numbers of a matrix themselves.
+NUMBERS = ("weight", "weight_packed", "qweight")
+
+
+def check_files(folder: Path) -> None:
+    """Raise ValueError for a file of weights that is not there or not whole; reads their headers only.
+
+    vLLM would find out long after this, in an error that does not name the file.
+    """
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read ({error}): fetch or convert the checkpoint again.") from None
+
+
+def verified(
+    weights: Iterable[tuple[str, torch.Tensor]], config: YocoUConfig, quantized: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass on the tensors that fit; then raise ValueError if any was missing, unexpected, misshapen or not finite.
+
+    A quantized checkpoint stores several tensors for a matrix, under names of its method. Every matrix must have those
+    that others of its kind have: vLLM would leave what is missing of them as it was allocated.
+    """
+    expected = expected_shapes(config)
+    missing, unexpected, misshapen, not_finite = set(expected), [], [], []
+    stored: dict[str, dict[str, torch.dtype]] = {}
+    for name, tensor in weights:
+        matrix, _, part = name.rpartition(".")
+        belongs = quantized and len(expected.get(f"{matrix}.weight", ())) == 2
+        missing.discard(f"{matrix}.weight" if belongs else name)
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue  # Some writers store tied embeddings twice; the embedding's copy is the one in use.
+        if not _is_finite(tensor):
+            not_finite.append(name)
+        if belongs:
+            stored.setdefault(matrix, {})[part] = tensor.dtype
+        if belongs and part != "weight":
+            yield name, tensor
+        elif name not in expected:
+            unexpected.append(name)
+        elif tuple(tensor.shape) != expected[name]:
+            misshapen.append(f"{name} is {list(tensor.shape)} instead of {list(expected[name])}")
+        elif not quantized and not tensor.is_floating_point():
+            misshapen.append(f"{name} is of {tensor.dtype} instead of a floating-point type")
+        else:
+            yield name, tensor
+    missing.update(_missing_parts(stored))
+    if problems := deviations(sorted(missing), unexpected, misshapen):
+        raise ValueError(
+            f"the checkpoint does not fit its config.json, {problems}. Correct the config or convert again."
+        )
+    if not_finite:
+        raise ValueError(
+            f"the checkpoint holds NaN or infinity in {listed(not_finite)}: its training diverged or the file is "
+            "damaged, fetch or convert it again."
+        )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # The extremes propagate NaN, and are found in the time of a copy; isfinite() takes fifteen times as long. float8
+    # has no extremes of its own.
+    low, high = (tensor if tensor.itemsize > 1 else tensor.bfloat16()).aminmax()
+    return bool(low.isfinite() & high.isfinite())
+
+
+def _missing_parts(stored: dict[str, dict[str, torch.dtype]]) -> Iterator[str]:
+    """Names of what a quantized matrix lacks and others have whose numbers are of the same dtype."""
+    kinds: dict[torch.dtype | None, set[str]] = {}
+    for parts in stored.values():
+        kinds.setdefault(_dtype_of_numbers(parts), set()).update(parts)
+    for matrix, parts in stored.items():
+        dtype = _dtype_of_numbers(parts)
+        # Without its numbers a matrix is of a kind that has all the rest.
+        alike = [kinds[dtype]] if dtype is not None else [kind for kind in kinds.values() if kind > set(parts)]
+        yield from (f"{matrix}.{part}" for part in set().union(*alike) - set(parts))
+
+
+def _dtype_of_numbers(parts: dict[str, torch.dtype]) -> torch.dtype | None:
+    return next((parts[part] for part in NUMBERS if part in parts), None)

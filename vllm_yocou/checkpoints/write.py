@@ -1,0 +1,75 @@
+"""A new checkpoint appears whole or not at all, and is written in the memory of one shard.
+
+Its files are written into a hidden folder next to the destination, which gets the destination's name at the very end.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+
+from vllm_yocou.checkpoints.plan import Plan, Step
+
+# What else a model's folder may hold that is still true of the new checkpoint.
+COMPANIONS = (
+    "tokenizer*",
+    "*.model",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+def write(plan: Plan, shard_bytes: int, written: Callable[[int], None]) -> None:
+    """Carry out `plan`; memory stays below one shard and one tensor.
+
+    Args:
+        shard_bytes: largest size of a file of weights, unless a single tensor is larger.
+        written: is told the bytes of each tensor once it is copied.
+    """
+    unfinished = plan.destination.with_name(f".{plan.destination.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        _write_weights(plan.steps, unfinished, shard_bytes, written)
+        copy_companions(plan.source, unfinished)
+        plan.config.architectures = ["YocoUForCausalLM"]
+        plan.config.save_pretrained(unfinished)
+        unfinished.rename(plan.destination)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def copy_companions(source: Path, destination: Path) -> None:
+    """Copy a model's tokenizer, chat template and generation settings."""
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copy(file, destination)
+
+
+def _write_weights(steps: list[Step], folder: Path, shard_bytes: int, written: Callable[[int], None]) -> None:
+    by_target = {step.target: step for step in steps}
+    split = split_state_dict_into_shards_factory(
+        by_target,
+        get_storage_size=lambda step: step.bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for file, targets in split.filename_to_tensors.items():
+        shard = {}
+        for target in targets:
+            step = by_target[target]
+            # A copy, even where nothing changes: tensors of one storage cannot be saved.
+            shard[target] = step.tensor.read().to(step.dtype, copy=True).contiguous()
+            written(step.bytes)
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -1,0 +1,114 @@
+"""What the arguments of `vllm-yocou` may be; an impossible one ends in a sentence that names it.
+
+Nothing here imports torch: every command parses its arguments with this, `--help` included.
+"""
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_yocou.checkpoints.sources import names
+
+UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+class CacheType(StrEnum):
+    """Data types of keys and values."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+    fp8 = "fp8"
+
+    @property
+    def bytes(self) -> int:
+        return {"float32": 4, "fp8": 1}.get(self.value, 2)
+
+
+class WeightType(StrEnum):
+    """Data types of weights."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+def size(text: str | int) -> int:
+    """A whole number, by itself or with k, m or g for powers of 1024: 256k, 40g, 40GiB."""
+    found = re.fullmatch(r"(\d+)([kmg]?)(?:i?b)?", str(text).strip().lower())
+    if found is None or int(found[1]) == 0:
+        raise typer.BadParameter(f"'{text}' is not a positive whole number, which k, m or g may follow.")
+    if len(found[1]) > 15:
+        raise typer.BadParameter(f"'{found[1][:15]}...' is more than anything holds.")
+    return int(found[1]) * UNITS[found[2]]
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """Layer numbers and ranges, both ends included: 0-9,12,14."""
+    found: list[int] = []
+    for part in str(text).split(","):
+        ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
+        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
+        if last < first:
+            raise typer.BadParameter(f"'{part}' is neither a layer's number nor a range of them, as in 0-9,12,14.")
+        found.extend(range(first, last + 1))
+    return tuple(found)
+
+
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, config.json or name on the Hugging Face hub.")]
+AnyModel = Annotated[
+    str | None,
+    typer.Argument(help="As for kv. Without it, info describes this machine, for a bug report."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Context = Annotated[int, typer.Option(parser=size, metavar="TOKENS", help="Tokens of a request, as 256k.")]
+DecodedAt = Annotated[int, typer.Option(parser=size, metavar="TOKENS", help="Context of the decoded token.")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Requests at the same time.")]
+Ranks = Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks; all figures are for one rank.")]
+KVCacheType = Annotated[CacheType, typer.Option(help="Data type of keys and values.")]
+Budget = Annotated[int | None, typer.Option(parser=size, metavar="BYTES", help="KV memory of a rank, as 40g.")]
+
+Convertible = Annotated[Path, typer.Argument(metavar="SRC", help=f"Folder of {names('convert')}.")]
+Upcyclable = Annotated[Path, typer.Argument(metavar="SRC", help=f"Folder of {names('upcycle')}.")]
+Destination = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write, which must not be there yet.")]
+StoredType = Annotated[WeightType | None, typer.Option(help="Data type of the weights, by default as they are.")]
+ShardSize = Annotated[int, typer.Option(parser=size, metavar="BYTES", help="Largest file.")]
+LARGEST_SHARD = 5 << 30
+UnsaidContext = Annotated[
+    int | None, typer.Option(parser=size, metavar="TOKENS", help="Longest context, if the source does not say.")
+]
+TensorsOnly = Annotated[bool, typer.Option("--dry-run", help="Print what would become of every tensor.")]
+
+Iterations = Annotated[int, typer.Option(min=1, help="T, how often the self-decoder runs.")]
+SelfLayers = Annotated[
+    int | None, typer.Option(min=1, help="S, layers of the self-decoder, by default half of the source's.")
+]
+Window = Annotated[int, typer.Option(min=1, help="W, tokens that a self layer sees, itself included.")]
+SelfFrom = Annotated[
+    tuple | None,
+    typer.Option(parser=layers, metavar="LAYERS", help="Source layers of the self layers, by default the first S."),
+]
+GlobalFrom = Annotated[
+    int | None, typer.Option(min=0, help="Source layer of the global K and V, by default the first cross layer's.")
+]
+AttentionFrom = Annotated[
+    tuple | None,
+    typer.Option(
+        parser=layers,
+        metavar="LAYERS",
+        help="Source layers of the cross layers' attention, by default for each the one of the global K and V.",
+    ),
+]
+CrossFrom = Annotated[
+    tuple | None,
+    typer.Option(
+        parser=layers,
+        metavar="LAYERS",
+        help="Source layers of the cross layers' feed-forward, by default those after the self layers'.",
+    ),
+]
+CrossRope = Annotated[bool, typer.Option(help="Rotate the cross-decoder's queries and the global keys.")]
+LayersOnly = Annotated[bool, typer.Option("--dry-run", help="Print which layer would become what.")]

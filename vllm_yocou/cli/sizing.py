@@ -1,0 +1,112 @@
+"""What a model costs, counted from its architecture: bytes of KV cache, parameters, floating-point operations.
+
+KV-cache bytes are those of the paper's formula: what a request needs, without the rounding to blocks that any pool
+adds. Nothing here imports torch.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from vllm_yocou.architecture import Architecture
+from vllm_yocou.checkpoints.format import expected_shapes
+
+
+@dataclass(frozen=True)
+class KVBytes:
+    """Bytes of KV cache on one tensor-parallel rank.
+
+    Attributes:
+        token: of one token in all caches that keep every token.
+        window_token: of one token in all caches that keep the last `window` tokens only.
+        window: tokens that those keep.
+    """
+
+    token: int
+    window_token: int = 0
+    window: int = 0
+
+    @classmethod
+    def yoco_u(
+        cls, config: Architecture, element_bytes: int, ranks: int = 1, iterations: int | None = None
+    ) -> "KVBytes":
+        """One global cache and T·S window caches (arXiv 2604.01220); with one iteration, plain YOCO.
+
+        `element_bytes` of a stored key or value. Ranks share KV heads, or hold a copy where they are more.
+        """
+        heads, cross_heads = (
+            max(1, heads // ranks) for heads in (config.num_key_value_heads, config.cross_num_key_value_heads)
+        )
+        loops = config.num_iterations if iterations is None else iterations
+        return cls(
+            token=2 * cross_heads * config.cross_head_dim * element_bytes,
+            window_token=2 * heads * config.head_dim * element_bytes * loops * config.num_self_decoder_layers,
+            window=config.sliding_window,
+        )
+
+    @classmethod
+    def transformer(cls, config: Architecture, element_bytes: int, ranks: int = 1) -> "KVBytes":
+        """As many layers, each with a cache of its own of every token, in the self-decoder's heads."""
+        heads = max(1, config.num_key_value_heads // ranks)
+        return cls(token=2 * heads * config.head_dim * element_bytes * config.num_hidden_layers)
+
+    def of_windows(self, tokens: int) -> int:
+        return self.window_token * min(tokens, self.window)
+
+    def of_request(self, tokens: int) -> int:
+        """Bytes of a request of `tokens` in decode."""
+        return self.token * tokens + self.of_windows(tokens)
+
+    def tokens_in(self, budget: int) -> int:
+        """The longest request that fits into `budget` bytes."""
+        in_window = self.token + self.window_token
+        if budget < in_window * self.window:
+            return budget // in_window
+        return (budget - self.of_windows(self.window)) // self.token
+
+
+def stored_parameters(config: Architecture) -> int:
+    """Parameters of the checkpoint; tied embeddings count once."""
+    return sum(map(prod, expected_shapes(config).values()))
+
+
+def _matrices(config: Architecture, part: str) -> int:
+    """Parameters of the matrices under `model.<part>.` that one token is multiplied with."""
+    total, chosen, experts = 0.0, config.num_experts_per_tok, config.num_experts
+    of_experts = chosen / experts if chosen and experts else 1.0
+    for name, shape in expected_shapes(config).items():
+        if name.startswith(f"model.{part}.") and len(shape) == 2:
+            total += prod(shape) * (of_experts if ".experts." in name else 1.0)
+    return round(total)
+
+
+def active_parameters(config: Architecture) -> int:
+    """Parameters of the matrices that one token is multiplied with, each once; embeddings only as the head."""
+    parts = sum(_matrices(config, part) for part in ("self_decoder", "global_kv", "cross_decoder"))
+    return parts + config.vocab_size * config.hidden_size
+
+
+def flops(config: Architecture, context: int) -> int:
+    """Floating-point operations of one decoded token that sees `context` tokens, itself included.
+
+    Two for each multiply-add: matrices, those of the self-decoder T times, and the two products of attention.
+    """
+    T, S = config.num_iterations, config.num_self_decoder_layers
+    keys = min(context, config.sliding_window)
+    windows = T * S * 2 * config.num_attention_heads * config.head_dim * keys
+    width = config.cross_num_attention_heads * config.cross_head_dim
+    cross = config.num_cross_decoder_layers * 2 * width * context
+    looped = (T - 1) * _matrices(config, "self_decoder")
+    return 2 * (active_parameters(config) + looped + windows + cross)
+
+
+def row_flops(config: Architecture, tokens: int) -> float:
+    """Floating-point operations of a row of `tokens` that go forward together, each seeing those before it.
+
+    `flops` is linear in the context on both sides of the window, so the ends of both parts give their sums.
+    """
+    total, first = 0.0, 1
+    for last in (min(tokens, config.sliding_window), tokens):
+        if first <= last:
+            total += (last - first + 1) * (flops(config, first) + flops(config, last)) / 2
+            first = last + 1
+    return total
