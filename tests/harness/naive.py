@@ -1,4 +1,4 @@
-"""YOCO-U written out from its definition: one token at a time, plain loops, no cache, float64. The oracle's oracle.
+"""YOCO-U computed from its definition: one token at a time, plain loops, no cache, float64. It checks the reference.
 
 It reads a state dict by the checkpoint's names and shares no code with the reference model.
 """

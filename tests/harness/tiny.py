@@ -6,7 +6,7 @@ from vllm_yocou.config import YocoUConfig
 from vllm_yocou.reference import YocoUForCausalLM
 
 VOCABULARY = 211
-# Llama 3.1's with a context so short that tests of some dozen tokens see every part of its table.
+# Llama 3.1's type with a context so short that a few dozen tokens reach every part of its table.
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_ROPE["original_max_position_embeddings"] = 64
 
@@ -44,7 +44,7 @@ VARIANTS = {
         cross_decoder_rope=True,
         qk_norm="all",
         sliding_window=1,
-        # Ten window pages and the global page do not divide: a sixth of a block stays empty.
+        # The global page is not a multiple of ten window pages: a sixth of a block stays empty.
         num_key_value_heads=1,
         cross_num_attention_heads=3,
         cross_num_key_value_heads=3,
@@ -58,7 +58,7 @@ VARIANTS = {
 }
 
 
-# Of moe_config; a shared expert without a gate, with one, and none.
+# Overrides of moe_config: a shared expert without a gate, with a gate, and no shared expert.
 MOE_VARIANTS = {
     "moe": dict(),
     "moe-gated-shared": dict(shared_expert_gate=True),
@@ -67,7 +67,7 @@ MOE_VARIANTS = {
 
 
 def config(**overrides) -> YocoUConfig:
-    """S = C = 2, T = 3, W = 16, hidden 96, 4 query and 2 KV heads of 32: small, but nothing is the size of another."""
+    """S = C = 2, T = 3, W = 16, hidden 96, 4 query and 2 KV heads of 32: small, all of them different."""
     sizes = dict(
         vocab_size=VOCABULARY,
         hidden_size=96,
@@ -89,7 +89,7 @@ def moe_config(**overrides) -> YocoUConfig:
     return config(**experts | overrides)
 
 
-# Every variant, dense and mixed.
+# Every variant, dense and with experts.
 CONFIGS = {name: config(**overrides) for name, overrides in VARIANTS.items()}
 CONFIGS |= {name: moe_config(**overrides) for name, overrides in MOE_VARIANTS.items()}
 
