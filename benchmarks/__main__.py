@@ -38,7 +38,7 @@ def measure(words: list[str]) -> None:
     """Names of tables; after a single one, its arguments."""
     names = list(takewhile(TABLES.__contains__, words))
     arguments = words[len(names) :]
-    if arguments and len(names) != 1:
+    if arguments and not (len(names) == 1 and TABLES[names[0]].has_options):
         known = ", ".join(TABLES)
         sys.exit(f"{arguments[0]}: not a table: choose from {known}, one at a time where it has arguments.")
     if "--help" in arguments:

@@ -7,7 +7,7 @@ Runs `vllm-yocou upcycle` and examples/training/distill.py as a user does, then 
 not of this table are distill.py's: --precision bfloat16 --batch 8 --accumulate 1 on a GPU.
 """
 
-from benchmarks.engine import block_bytes, decoding, step_s
+from benchmarks.engine import SHARE, block_bytes, decoding, step_s
 
 import argparse  # isort: skip
 import json
@@ -80,7 +80,7 @@ def serve(models: list[Path]) -> list[tuple[int, list[float]]]:
     settings: dict[str, Any] = dict(
         dtype="float32", max_model_len=KV_TOKENS, max_num_seqs=1, kv_cache_memory_bytes=1 << 30
     )
-    settings |= dict(enforce_eager=not torch.cuda.is_available(), enable_prefix_caching=False)
+    settings |= dict(enforce_eager=not torch.cuda.is_available(), enable_prefix_caching=False) | SHARE
     engines = [LLM(str(model), **settings) for model in models]
     taken: list[list[float]] = [[] for _ in engines]
     with ExitStack() as stack:

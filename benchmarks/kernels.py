@@ -22,6 +22,7 @@ from benchmarks.results import Key, Result
 from vllm_yocou.kernels.arguments import Batch, Rotation
 from vllm_yocou.kernels.cross_attention import cross_attention
 from vllm_yocou.kernels.global_write import global_write
+from vllm_yocou.kernels.naive import turned
 from vllm_yocou.kernels.window_step import window_step
 
 PAPER = SHAPES["paper 1.3B"]
@@ -155,7 +156,7 @@ def window_steps(requests: int, context: int, dtype: torch.dtype) -> Contestants
     def in_torch() -> None:
         for x_NX, norm_d, out_NHd in ((q_NX, q_norm_d, q_NHd), (k_NX, k_norm_d, k_NKd)):
             normed_NHd = torch.nn.functional.rms_norm(heads(x_NX), norm_d.shape, norm_d, 1e-6)
-            out_NHd.copy_(rotation.turned(normed_NHd, positions_N))
+            out_NHd.copy_(turned(rotation, normed_NHd, positions_N))
 
     def separately(name: str, prepare: Callable[[], None], attention: Callable[[], torch.Tensor]):
         write = triton_reshape_and_cache_flash if name == TRITON else ops.reshape_and_cache_flash

@@ -1,4 +1,4 @@
-"""Prefill with and without skipping the cross-decoder, compared with the ceiling: the self-decoder and the head alone."""
+"""Prefill with and without skipping the cross-decoder, and its ceiling: the self-decoder and the head alone."""
 
 from benchmarks.engine import config, prompt_s, runner, start  # isort: skip
 from collections.abc import Iterator

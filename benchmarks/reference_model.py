@@ -1,4 +1,4 @@
-"""The served model compared with transformers' generate() of the reference model: the same shape, prompts and thread count."""
+"""The served model compared with transformers' generate() of the reference model: same shape, prompts, thread count."""
 
 from benchmarks.engine import config, decoding, start, step_s
 

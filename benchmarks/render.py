@@ -7,7 +7,6 @@ one section for each machine that has a result
 
 import hashlib
 import re
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from benchmarks.results import FOLDER, ROOT, Result
 
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 BLOCK = re.compile(r"(<!-- results: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-WIDTH = 120
 SOURCE = "Source"  # of a picture: the digest of the result that it shows
 SIZE_INCHES, DOTS_PER_INCH = (13, 4.6), 110
 
@@ -40,7 +38,7 @@ def section(result: Result) -> str:
     parts = [f"{package} {versions[package]}" for package in ("vllm", "torch") if versions.get(package)]
     parts += [result.date, f"commit {result.commit}"]
     where = f"**{result.machine}** ({', '.join(parts)})"
-    note = textwrap.fill(f"{where}: {table.note(result)} {result.remark}".strip(), WIDTH, break_on_hyphens=False)
+    note = f"{where}: {table.note(result)} {result.remark}".strip()
     return f"{note}\n\n{markdown(*table.rows(result))}"
 
 

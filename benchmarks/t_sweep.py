@@ -39,10 +39,8 @@ def train(corpus: Path, output: Path, iterations: int, steps: int) -> dict:
 
 def serve(folders: dict[int, Path], result: Result) -> None:
     """Add what each T costs: seconds of a prompt and of a decode step, and the KV cache of a prompt's tokens."""
-    settings: dict[str, Any] = (
-        dict(dtype="float32", max_model_len=2048, max_num_seqs=BATCH, kv_cache_memory_bytes=128 << 20) | SHARE
-    )
-    settings |= dict(enforce_eager=True, enable_prefix_caching=False)
+    settings: dict[str, Any] = dict(dtype="float32", max_model_len=2048, max_num_seqs=BATCH, enforce_eager=True)
+    settings |= dict(kv_cache_memory_bytes=128 << 20, enable_prefix_caching=False) | SHARE
     engines = {t: LLM(str(folder), **settings) for t, folder in folders.items()}
     prompts: dict[int, list[float]] = {t: [] for t in engines}
     steps: dict[int, list[float]] = {t: [] for t in engines}

@@ -6,6 +6,7 @@ from benchmarks.results import Result
 from benchmarks.tables.table import Rows, Table, cell, over
 
 OURS, LIKE_PAPER, LOOPED = "YOCO-U", "Transformer, S + C layers", "IQuestLoopCoder, 2 · (S + C) passes"
+UNPACKED = "YOCO-U, a group for each cache"
 
 # Of the paper's table (SPEC.md, section 5): prefill, decode and KV bytes of YOCO-U over a Transformer of S + C layers,
 # and over its looped model, RINS.
@@ -80,10 +81,13 @@ def peers_note(result: Result) -> str:
 
 
 def draw_peers(result: Result, figure: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter  # only pictures need it
+
     lengths, most = result.keys("tokens"), result.settings["batches"][-1]
     prompts, steps, bytes_ = figure.subplots(1, 3)
     for model in result.keys("model"):
-        line = dict(label=model, marker="o", linewidth=2.5 if model == OURS else 1.2)
+        line: dict[str, Any] = dict(label=model, marker="o", linewidth=2.5 if model == OURS else 1.2)
+        line["linestyle"] = "--" if model == UNPACKED else "-"  # it lies on YOCO-U's own line
         prompts.plot(lengths, [prefill_speed(result, tokens, model) for tokens in lengths], **line)
         decoded = {tokens: decode_speed(result, tokens, model, most) for tokens in lengths}
         fitting = {tokens: speed for tokens, speed in decoded.items() if speed is not None}
@@ -93,6 +97,10 @@ def draw_peers(result: Result, figure: Any) -> None:
     for axes, label in zip((prompts, steps, bytes_), labels, strict=True):
         axes.set(title=label, xlabel="tokens", xscale="log", yscale="log")
         axes.set_xticks(lengths, [f"{tokens / 1024:g}k" for tokens in lengths])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     figure.legend(*prompts.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.suptitle(f"{result.settings['shape']} shape, {result.settings['dtype']}, {result.machine}", fontsize="small")
 

@@ -67,7 +67,7 @@ def upcycling_rows(result: Result) -> Rows:
     first: list[float] = []
     rows = []
     for one in (one for one in result.measurements if one.name in ("loss at the start", "loss of the source")):
-        healed = result.runs("loss healed", start=one.of["start"]) if one.name == "loss at the start" else []
+        healed = result.runs("loss healed", **one.of) if one.name == "loss at the start" else []
         first = first or healed
         against = ""
         if healed and healed is not first and not result.transcribed:
@@ -165,7 +165,7 @@ def soak_rows(result: Result) -> Rows:
     counts: dict[Any, list[float]] = {}
     for kind in result.keys("requests"):
         counts[kind] = [result.median(name, requests=kind) or 0 for name in SENT]
-    counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
+    counts["all"] = [sum(row[i] for row in counts.values()) for i in range(len(SENT))]
     return ["requests", *SENT], [[kind, *(f"{n:,}" for n in row)] for kind, row in counts.items()]
 
 
@@ -192,6 +192,7 @@ TABLES = (
         takes="half an hour for --steps 120, three hours for --steps 1200",
         rows=t_sweep_rows,
         note=t_sweep_note,
+        has_options=True,
         by_default=False,
         draw=draw_t_sweep,
         picture="held-out perplexity and cost by number of iterations",
@@ -203,6 +204,7 @@ TABLES = (
         takes="half an hour for a Llama of 135M",
         rows=upcycling_rows,
         note=upcycling_note,
+        has_options=True,
         by_default=False,
     ),
     Table(
@@ -212,6 +214,7 @@ TABLES = (
         takes="two hours for a Llama of 135M and --steps 144 --accumulate 1 --limit 40",
         rows=healing_rows,
         note=healing_note,
+        has_options=True,
         by_default=False,
     ),
     Table(
@@ -221,6 +224,7 @@ TABLES = (
         takes="half an hour",
         rows=evaluation_rows,
         note=evaluation_note,
+        has_options=True,
     ),
     Table(
         name="soak",
@@ -229,5 +233,6 @@ TABLES = (
         takes="11 minutes; --minutes changes that",
         rows=soak_rows,
         note=soak_note,
+        has_options=True,
     ),
 )

@@ -25,6 +25,7 @@ class Table:
     module: of benchmarks/, that measures it; its name where it is "".
     arguments: of that module, which choose this table.
     by_default: `python -m benchmarks` runs it.
+    has_options: its module takes arguments, which --help after its name lists.
     draw: draws a result into a matplotlib figure.
     picture: its text for readers who do not see it.
     """
@@ -38,6 +39,7 @@ class Table:
     module: str = ""
     arguments: tuple[str, ...] = ()
     by_default: bool = True
+    has_options: bool = False
     draw: Callable[[Result, Any], None] | None = None
     picture: str = ""
 

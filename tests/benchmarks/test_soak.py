@@ -10,7 +10,7 @@ import pytest
 import torch
 from aiohttp import web
 
-from benchmarks import promises, soak
+from benchmarks import promises, results, soak
 from benchmarks.promises import Expected, Mistake, Reference, Report
 from benchmarks.server import VLLM, Server, free_port, serving
 from benchmarks.soak import Client
@@ -189,7 +189,8 @@ def test_a_dead_server_is_seen(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("mistakes, code", [([], 0), ([Mistake("the sky is blue", "it was grey")], 1)], ids=str)
-def test_the_command_says_what_was_not_kept(monkeypatch, capsys, mistakes, code):
+def test_the_command_says_what_was_not_kept(monkeypatch, tmp_path, capsys, mistakes, code):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
     report = Report()
     for mistake in mistakes:
         report.note(mistake)
@@ -200,3 +201,4 @@ def test_the_command_says_what_was_not_kept(monkeypatch, capsys, mistakes, code)
     monkeypatch.setattr("sys.argv", ["soak"])
     assert soak.main() == code
     assert capsys.readouterr().err == "not kept: the sky is blue: it was grey.\n" * code
+    assert len(list(tmp_path.glob("*/soak.json"))) == 1 - code

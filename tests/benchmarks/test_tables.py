@@ -4,14 +4,25 @@ import gc
 import json
 import re
 import shutil
-import subprocess
-import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from harness.checkout import ROOT, TRAINED
 from harness.llamas import save_material, upcycle
 from vllm.distributed import cleanup_dist_env_and_memory
+
+from benchmarks import render, results
+from benchmarks.registry import TABLES
+from benchmarks.results import Result
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Where results are kept, instead of the repository's."""
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    return tmp_path / "results"
 
 
 @pytest.fixture
@@ -26,6 +37,17 @@ def rows(text: str) -> list[list[str]]:
     """Cells of the lines below a Markdown table's header."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def kept(folder: Path, table: str) -> Result:
+    """The result that a table has left."""
+    (path,) = folder.glob(f"*/{table}.json")
+    return Result.load(path)
+
+
+def shown(result: Result) -> list[list[Any]]:
+    """The rows of its table."""
+    return TABLES[result.table].rows(result)[1]
 
 
 def number(cell: str) -> float:
@@ -47,16 +69,17 @@ def assert_ratio(ratio: str, above: str, below: str) -> None:
     )
 
 
-def test_peers(starts_vllm, nightly, monkeypatch, tmp_path, capsys):
+def test_peers(starts_vllm, nightly, monkeypatch, folder, capsys):
     from benchmarks import peers
     from benchmarks.engine import config
     from vllm_yocou.cli.sizing import KVBytes
 
     lengths, batches = (100, 2000), (1, 2)
-    small = peers.Sizes("yoco-u-kjv", "float32", dict.fromkeys(lengths, 1), batches, 2000, 1 << 30, "peers.png", {})
-    for name, value in dict(SMALL=small, ROUNDS=1, PICTURES=tmp_path / "pictures").items():
+    small = peers.Sizes("peers", "yoco-u-kjv", "float32", dict.fromkeys(lengths, 1), batches, 2000, 1, {})
+    for name, value in dict(SMALL=small, ROUNDS=1).items():
         monkeypatch.setattr(peers, name, value)
-    peers.main([])
+    monkeypatch.setattr("sys.argv", ["peers"])
+    peers.main()
     printed = capsys.readouterr().out
     assert f"{peers.OURS} 2, " in printed and "a group for each cache 10, " in printed
     table = rows(printed)
@@ -73,7 +96,12 @@ def test_peers(starts_vllm, nightly, monkeypatch, tmp_path, capsys):
     assert formula <= kv["YOCO-U, a group for each cache"] < formula + 10 * 2 * 32 * token_MiB + 0.1
     assert formula <= kv[peers.OURS] < 1.5 * formula
     assert kv[peers.LIKE_PAPER] == pytest.approx(6 * 2000 * token_MiB, rel=0.05)
-    assert (tmp_path / "pictures" / "peers.png").stat().st_size > 10_000
+    result = kept(folder, "peers")
+    assert all(
+        len(runs) == peers.STEPS for runs in (result.runs("decode step", tokens=100, model=peers.OURS, batch=2),)
+    )
+    render.draw(result)
+    assert render.picture(result).stat().st_size > 10_000 and render.is_drawn(result)
 
 
 def test_pools_of_peers_hold_what_is_measured():
@@ -98,33 +126,35 @@ def test_pools_of_peers_hold_what_is_measured():
 
 
 def test_ratios_of_peers_name_the_papers():
-    from benchmarks.peers import LIKE_PAPER, OURS, Sizes, table
+    from benchmarks.tables.comparisons import LIKE_PAPER, OURS
 
     tokens = 16 << 10
-    sizes = Sizes("", "", {tokens: 1}, (1, 8), tokens, 1 << 30, "", {})
-    steps = {(tokens, 1): {OURS: 0.5, LIKE_PAPER: 0.25}, (tokens, 8): {OURS: 1.0}}
-    held = {tokens: {OURS: 1 << 20, LIKE_PAPER: 4 << 20}}
-    ours, theirs = table([OURS, LIKE_PAPER], sizes, {tokens: {OURS: 4.0, LIKE_PAPER: 8.0}}, steps, held)
-    assert ours[2:] == ["4,096 (4.00 s)", "1.00x", "2.0", "1.00x", "8.0", "1.00x", "1.0 MiB", "1.00x", 1024]
+    result = Result("peers", "", dict(batches=[1, 8], budget_gib=1))
+    for model, first_s, held in ((OURS, 4.0, 1), (LIKE_PAPER, 8.0, 4)):
+        result.add("first token", "s", [9.0, 1.0, first_s], tokens=tokens, model=model)
+        result.add("KV cache", "MiB", held, tokens=tokens, model=model)
+    for model, batch, step_s in ((OURS, 1, 0.5), (LIKE_PAPER, 1, 0.25), (OURS, 8, 1.0)):
+        result.add("decode step", "s", [step_s], tokens=tokens, model=model, batch=batch)
+    ours, theirs = shown(result)
+    assert ours[2:] == ["4,096 (4.00 s)", "1.00x", "2.0", "1.00x", "8.0", "1.00x", "1.0 MiB", "1.00x", "1024"]
     # SPEC.md, section 5: 75,694 tokens/s of prefill beside 66,342, of decode 1,966 beside 1,795, 62 MB beside 640.
     assert theirs[2:5] == ["2,048 (8.00 s)", "2.00x (paper 1.14x)", "4.0"]
-    assert theirs[5:] == ["0.50x", "does not fit", "(paper 1.10x)", "4.0 MiB", "0.25x (paper 0.10x)", 256]
+    assert theirs[5:] == ["0.50x", "does not fit", "(paper 1.10x)", "4.0 MiB", "0.25x (paper 0.10x)", "256"]
 
 
-def test_reference_model(starts_vllm, nightly, monkeypatch, capsys):
+def test_reference_model(starts_vllm, nightly, monkeypatch):
     from benchmarks import reference_model
 
     for name, value in dict(SHAPE="yoco-u-kjv", PROMPTS=(70,), BATCHES=(1, 2), STEPS=3, ROUNDS=1).items():
         monkeypatch.setattr(reference_model, name, value)
-    reference_model.main()
-    table = rows(capsys.readouterr().out)
-    assert [row[:2] for row in table] == [["70", "1"], ["70", "2"]]
+    table = shown(reference_model.measure())
+    assert [row[:2] for row in table] == [[70, 1], [70, 2]]
     for row in table:
         assert_ratio(row[4], row[2], row[3])
         assert_ratio(row[7], row[6], row[5])
 
 
-def test_t_sweep(starts_vllm, nightly, monkeypatch, tmp_path, capsys):
+def test_t_sweep(starts_vllm, nightly, monkeypatch, tmp_path, folder, capsys):
     """Checkpoints that are there are not trained again: here the trained one, which 3 and 1 iterations share."""
     from benchmarks import t_sweep
 
@@ -135,44 +165,62 @@ def test_t_sweep(starts_vllm, nightly, monkeypatch, tmp_path, capsys):
         (folder / "config.json").write_text(json.dumps(config | {"num_iterations": t}))
         held_out = {"held_out_perplexity": {f"YOCO-U, T = {t}": 40.0 + t}}
         (folder / "training.json").write_text(json.dumps(report | held_out))
-    settings = dict(ITERATIONS=(1, 3), PROMPT=200, BATCH=2, ROUNDS=1, STEPS=2, PICTURE=tmp_path / "t_sweep.png")
+    settings = dict(ITERATIONS=(1, 3), PROMPT=200, BATCH=2, ROUNDS=1, STEPS=2)
     for name, value in settings.items():
         monkeypatch.setattr(t_sweep, name, value)
     monkeypatch.setattr("sys.argv", ["t_sweep", "--corpus", "none", "--steps", "7", "--keep", str(tmp_path)])
     t_sweep.main()
     (one, three) = rows(capsys.readouterr().out)
-    assert [one[0], one[1], three[0], three[1]] == ["1", "41.0", "3", "43.0"]
+    assert [one[0], one[1], three[0], three[1]] == ["1", "41.00", "3", "43.00"]
     assert "(1.00x)" in one[4] and number(three[4]) > 1.5 * number(one[4])
-    assert t_sweep.PICTURE.stat().st_size > 5_000
+    result = kept(folder, "t_sweep")
+    render.draw(result)
+    assert render.picture(result).stat().st_size > 5_000 and render.is_drawn(result)
 
 
 def test_costs_of_iterations():
-    from benchmarks.t_sweep import table
-
-    one, three = table({1: 50.0, 3: 40.0}, {1: (0.5, 0.01, 1 << 20), 3: (1.0, 0.04, 3 << 20)})
-    assert one == [1, 50.0, "2,048 (1.00x)", "800 (1.00x)", "1.00 MiB (1.00x)"]
-    assert three == [3, 40.0, "1,024 (0.50x)", "200 (0.25x)", "3.00 MiB (3.00x)"]
+    result = Result("t_sweep", "", dict(prompt=1024, batch=8))
+    for t, perplexity, first_s, step_s, held in ((1, 50.0, 0.5, 0.01, 1), (3, 40.0, 1.0, 0.04, 3)):
+        result.add("held-out perplexity", "", perplexity, T=t)
+        result.add("first token", "s", [first_s, 9.0, 0.1], T=t)
+        result.add("decode step", "s", [step_s], T=t)
+        result.add("KV cache", "MiB", held, T=t)
+    one, three = shown(result)
+    assert one == [1, "50.00", "2,048 (1.00x)", "800 (1.00x)", "1.00 MiB (1.00x)"]
+    assert three == [3, "40.00", "1,024 (0.50x)", "200 (0.25x)", "3.00 MiB (3.00x)"]
 
 
 def test_serving():
-    from benchmarks.serving import table
+    from benchmarks.tables.comparisons import FIGURES
 
-    medians = {"skipping": [0.5, 1300.0, 250.0, 30.0], "every row": [0.25, 650.0, 1000.0, 60.0]}
-    first, last = table(medians)
-    assert first == ["skipping", "0.50 (2.00x)", "1,300.00 (2.00x)", "250.00 (0.25x)", "30.00 (0.50x)"]
+    result = Result("serving", "")
+    for way, figures in (("skipping", [0.5, 1300.0, 250.0, 30.0]), ("every row", [0.25, 650.0, 1000.0, 60.0])):
+        for name, value in zip(FIGURES, figures, strict=True):
+            result.add(name, "", [value - 0.125, value, value + 1], way=way)
+    first, last = shown(result)
+    assert first == ["skipping", "0.50 (2.00x)", "1,300.0 (2.00x)", "250.0 (0.25x)", "30.0 (0.50x)"]
     assert all("(1.00x)" in cell for cell in last[1:])
 
 
 def test_answers_are_compared():
-    from benchmarks.evaluation import alike
+    from benchmarks.evaluation import Evaluated, add, compare
 
-    assert alike([[-1.0, -2.0], [-3.0]], [[-1.0, -2.25], [-3.0]]) == "log-likelihoods within 2.5e-01"
-    assert alike([["a"], ["b"]], [["a"], ["c"]]) == "1 of 2 texts the same"
+    assert compare([[-1.0, -2.0], [-3.0]], [[-1.0, -2.25], [-3.0]]) == {"largest difference": ("nats", 0.25)}
+    assert compare([["a"], ["b"]], [["a"], ["c"]]) == {"texts": ("texts", 2), "texts alike": ("texts", 1)}
     with pytest.raises(ValueError, match="zip"):
-        alike([["a"], ["b"]], [["a"]])
+        compare([["a"], ["b"]], [["a"]])
+    metrics, texts = {"piqa": {"acc": 0.5}, "niah": {"1024": 1.0}}, [["a"], ["b"]]
+    one = Evaluated(metrics, {"piqa": [[-1.0]], "niah": texts})
+    other = Evaluated(metrics | {"piqa": {"acc": 0.25}}, {"piqa": [[-1.25]], "niah": [["a"], ["c"]]})
+    result = Result("evaluation", "")
+    add(result, "m", {"hf": one, "vllm": other})
+    assert shown(result) == [
+        ["m", "piqa", "acc", "hf: 0.5000", "vllm: 0.2500", "log-likelihoods within 2.5e-01"],
+        ["m", "niah", "1024", "hf: 1.0000", "vllm: 1.0000", "1 of 2 texts the same"],
+    ]
 
 
-def test_upcycling(starts_vllm, nightly, monkeypatch, tmp_path, capfd):
+def test_upcycling(starts_vllm, nightly, monkeypatch, tmp_path, folder):
     """Each choice in the order of the table, those that are healed better for it; a start is what upcycle writes."""
     from benchmarks import upcycling
     from vllm_yocou.reference import YocoUForCausalLM
@@ -189,21 +237,21 @@ def test_upcycling(starts_vllm, nightly, monkeypatch, tmp_path, capfd):
     command = ["upcycling", tmp_path / "llama", tmp_path / "text.txt", "--steps", "12", "--held-out", "3"]
     monkeypatch.setattr("sys.argv", [*map(str, command)])
     upcycling.main()
-    source, *table = rows(capfd.readouterr().out)
+    source, *table = shown(kept(folder, "upcycling"))
     healed, started = upcycling.choices(5)
     assert source[0] == "the source itself" and [row[0] for row in table] == [*healed, *started]
-    assert [row[1:3] for row in table[:5]] == [["2 + 3", "1"]] * 3 + [["3 + 2", "1"], ["2 + 3", "2"]]
+    assert [row[1:3] for row in table[:5]] == [["2 + 3", 1]] * 3 + [["3 + 2", 1], ["2 + 3", 2]]
     for row in table:
-        assert (number(row[4]) < number(row[3])) if row[0] in healed else row[4:] == ["", ""]
-    assert table[0][5] == "" and all("±" in row[5] for row in table[1 : len(healed)])
+        assert (number(row[4]) < number(row[3])) if row[0] in healed else row[4:] == ["", "", ""]
+    assert table[0][6] == "" and all("±" in row[6] for row in table[1 : len(healed)])
 
 
-def test_healing(starts_vllm, nightly, monkeypatch, tmp_path, capfd):
+def test_healing(starts_vllm, nightly, monkeypatch, tmp_path, folder, capfd):
     """All but lm-eval: made, healed, served. What is there is not made again."""
     from benchmarks import healing
 
     settings = dict(ITERATIONS=(2,), WINDOW=16, ROW=48, STEP_ROWS=2, KV_TOKENS=200, CONTEXT=60, STEPS=2, ROUNDS=1)
-    settings["scores"] = lambda model, limit: [0.5, 0.25, 1.0]
+    settings["scores"] = lambda model, limit: {"PIQA": 0.5, "BoolQ": 0.25, "niah_single_1": 1.0}
     for name, value in settings.items():
         monkeypatch.setattr(healing, name, value)
     save_material(tmp_path, head_dim=32)
@@ -221,28 +269,21 @@ def test_healing(starts_vllm, nightly, monkeypatch, tmp_path, capfd):
     assert source[6].endswith("(1/1.0)") and number(healed[6]) < number(source[6])
 
 
-def test_scores_of_healing(tmp_path):
-    from benchmarks.healing import Made, table
-
-    report = {"held_out_perplexity": {"before": 900.0, "after": 90.0, "source": 30.0}}
-    made = {2: Made(tmp_path / "start", tmp_path / "healed", report)}
-    found = {tmp_path: [0.625, 0.5, 1.0], tmp_path / "start": [0.5, 0.5, 0.0], tmp_path / "healed": [0.6, 0.5, 0.25]}
-    costs = [(180 << 20, 0.1), (18 << 20, 0.2)]
-    assert table(made, found, tmp_path, costs) == [
+def test_scores_of_healing():
+    result = Result("healing", "")
+    for of, perplexity, scores in (
+        (dict(model="the source"), 30.0, [0.625, 0.5, 1.0]),
+        (dict(model="after initialisation", T=2), 900.0, [0.5, 0.5, 0.0]),
+        (dict(model="after healing", T=2), 90.0, [0.6, 0.5, 0.25]),
+    ):
+        result.add("held-out perplexity", "", perplexity, **of)
+        for name, score in zip(("PIQA", "BoolQ", "niah_single_1"), scores, strict=True):
+            result.add(name, "", score, **of)
+    for of, held, steps_s in ((dict(model="the source"), 180, [0.1]), (dict(T=2), 18, [0.1, 0.2, 0.3])):
+        result.add("KV cache", "MiB", held, **of)
+        result.add("decode step", "s", steps_s, **of)
+    assert shown(result) == [
         ["the source", "", "30.0", "0.625", "0.500", "1.000", "180.0 MiB (1/1.0)", "10.0 (1.00x)"],
         ["after initialisation", 2, "900.0", "0.500", "0.500", "0.000", "18.0 MiB (1/10.0)", "5.0 (0.50x)"],
         ["after healing", 2, "90.0", "0.600", "0.500", "0.250", "18.0 MiB (1/10.0)", "5.0 (0.50x)"],
     ]
-
-
-@pytest.mark.parametrize(
-    "arguments, sentence",
-    [
-        (["nothing", "peers"], "nothing: no table, choose from kv_layout,"),
-        (["prefill", "peers", "--paper"], "--paper: no table, choose from kv_layout,"),
-    ],
-)
-def test_tables_that_are_not_there(arguments, sentence):
-    command = [sys.executable, "-m", "benchmarks", *arguments]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 1 and ended.stderr.startswith(sentence)
