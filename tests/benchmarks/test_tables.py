@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness.checkout import ROOT, TRAINED
+from harness.checkout import TRAINED
 from harness.llamas import save_material, upcycle
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -97,9 +97,7 @@ def test_peers(starts_vllm, nightly, monkeypatch, folder, capsys):
     assert formula <= kv[peers.OURS] < 1.5 * formula
     assert kv[peers.LIKE_PAPER] == pytest.approx(6 * 2000 * token_MiB, rel=0.05)
     result = kept(folder, "peers")
-    assert all(
-        len(runs) == peers.STEPS for runs in (result.runs("decode step", tokens=100, model=peers.OURS, batch=2),)
-    )
+    assert len(result.runs("decode step", tokens=100, model=peers.OURS, batch=2)) == peers.STEPS
     render.draw(result)
     assert render.picture(result).stat().st_size > 10_000 and render.is_drawn(result)
 
