@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from benchmarks.server import user_environment
 from vllm_yocou.reference import YocoUForCausalLM
 
-EXAMPLE = ROOT / "examples" / "ray_batch.py"
+EXAMPLE = ROOT / "examples" / "inference" / "ray_batch.py"
 ENGINE = dict(dtype="float32", kv_cache_memory_bytes=64 << 20, max_model_len=512, enforce_eager=True)
 ROWS, TOKENS, BATCH = 64, 100, 4
 TIMEOUT = 300

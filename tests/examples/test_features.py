@@ -1,0 +1,74 @@
+"""The short examples of LoRA, another T and structured output, each run as a script, in this process."""
+
+import json
+import runpy
+
+import peft
+import pytest
+import torch
+from harness.checkout import ROOT, TRAINED
+
+from vllm_yocou.reference import YocoUForCausalLM
+
+BEGINNING, SAYING = "In the beginning", "And Jesus said unto them,"
+
+
+@pytest.fixture
+def run(engine, monkeypatch, capsys):
+    """Runs an example with arguments and returns the lines it prints; its engine is eager and ends with the test."""
+    import vllm
+
+    start = vllm.LLM
+
+    def started(*args, **settings):
+        engine.started.append(start(*args, compilation_config={"mode": 0}, **settings))
+        return engine.started[-1]
+
+    def run(name: str, *arguments: str) -> list[str]:
+        path = ROOT / "examples" / "inference" / name
+        monkeypatch.setattr(vllm, "LLM", started)
+        monkeypatch.setattr("sys.argv", [str(path), *arguments])
+        runpy.run_path(str(path), run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def generated(model: YocoUForCausalLM, tokenizer, prompt: str) -> str:
+    tokens = tokenizer(prompt, return_tensors="pt")
+    ids = model.generate(**tokens, max_new_tokens=40, do_sample=False)[0, tokens.input_ids.shape[1] :]
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_lora_answers_with_and_without_the_adapter(run, tokenizer, tmp_path):
+    model = YocoUForCausalLM.from_pretrained(TRAINED, dtype=torch.float32).eval()
+    plain = {prompt: generated(model, tokenizer, prompt) for prompt in (BEGINNING, SAYING)}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["q_proj", "down_proj"]))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    adapted.save_pretrained(tmp_path)
+    merged = adapted.merge_and_unload().eval()
+    printed = run("lora.py", str(tmp_path))
+    for prompt, answer in plain.items():
+        other = generated(merged, tokenizer, prompt)
+        assert other != answer
+        assert f"none: {prompt!r} -> {answer!r}" in printed and f"adapter: {prompt!r} -> {other!r}" in printed
+
+
+def test_another_t_is_the_reference_at_that_t(run, tokenizer, reference):
+    model = YocoUForCausalLM.from_pretrained(TRAINED, dtype=torch.float32, num_iterations=2).eval()
+    expected = generated(model, tokenizer, BEGINNING)
+    assert expected != generated(reference, tokenizer, BEGINNING)
+    assert f"T = 2: {BEGINNING!r} -> {expected!r}" in run("other_t.py", "2")
+
+
+def test_structured_output_follows_the_schema(run):
+    answers = [json.loads(line.partition(" -> ")[2]) for line in run("structured.py") if " -> " in line]
+    assert len(answers) == 2
+    for answer in answers:
+        assert answer.keys() == {"book", "chapter"} and isinstance(answer["chapter"], int)
+        assert answer["book"] in ("Genesis", "Exodus", "Psalm", "Isaiah", "Matthew", "John", "Revelation")
+        assert 1 <= answer["chapter"] <= 50
