@@ -1,6 +1,6 @@
 """lm-eval through vLLM and through transformers, side by side: the same scores, for the trained model and for a Llama.
 
-    python -m benchmarks.evaluation [--llama FOLDER] [--limit 100]
+    python -m benchmarks evaluation [--llama FOLDER] [--limit 100]
 
 The Llama runs in the same vLLM, which loads the plugin once and once does not: its scores are not to know.
 """
@@ -35,7 +35,7 @@ Answers = list[list]  # of each item of a task, to each of its questions: a log-
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What lm-eval found, by task: its metrics by name, and the model's answers behind them."""
+    """What lm-eval found, by task: its metrics by name, and the answers that they rest on."""
 
     metrics: dict[str, dict[str, float]]
     answers: dict[str, Answers]

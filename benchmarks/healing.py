@@ -1,6 +1,6 @@
-"""What a YOCO-U model made of a Llama is worth: after initialisation and after healing, beside its source, for each T.
+"""What a YOCO-U model made of a Llama is worth: after initialisation and after healing, for each T.
 
-    python -m benchmarks.healing LLAMA prose.txt --steps 16 --keep healed
+    python -m benchmarks healing LLAMA prose.txt --steps 16 --keep healed
 
 Runs `vllm-yocou upcycle` and examples/training/distill.py as a user does, then lm-eval and decode steps in vLLM. With
 --keep the healed checkpoints stay, those found there are not made again, and a stopped run goes on. Options that are

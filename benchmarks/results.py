@@ -71,7 +71,7 @@ class Result:
         self.measurements.append(Measurement(name, unit, of, stored))
 
     def runs(self, name: str, **of: Key) -> list[float]:
-        """Every run's value of the one measurement of that name whose `of` holds these keys; [] if there is none."""
+        """Every run's value of the one measurement of that name whose `of` holds these keys, or []."""
         found = [one for one in self.measurements if one.name == name and one.of.items() >= of.items()]
         if len(found) > 1:
             raise LookupError(f"{self.table} has {len(found)} measurements of {name} with {of}: name more keys.")

@@ -1,6 +1,6 @@
 """Mixed clients against a real server whose KV space is too small for them; what it promises is checked at the end.
 
-    python -m benchmarks.soak --minutes 10
+    python -m benchmarks soak --minutes 10
 
 Each client has a random generator of its own, so its requests are the same for the same seed, however many of them the
 time allows. The reference model computes what a small pool of prompts must be answered with before the load starts:

@@ -1,6 +1,6 @@
 """The paper's claim in small: one shape trained at several T on the same tokens, and what each T costs to serve.
 
-    python -m benchmarks.t_sweep --corpus kjv --steps 300
+    python -m benchmarks t_sweep --corpus kjv --steps 300
 
 Trains the model of examples/training/train.py (see there for the corpus) once for each T, then serves each checkpoint.
 """

@@ -1,6 +1,6 @@
 """Which source layers make the best start, and what the cross-decoder does with RoPE: loss before and after healing.
 
-    python -m benchmarks.upcycling LLAMA prose.txt
+    python -m benchmarks upcycling LLAMA prose.txt
 
 Healing is distillation from the source, on the same tokens and with the same settings for all. A model with T > 1 does
 more work for each token.
@@ -25,7 +25,7 @@ from vllm_yocou.reference import YocoUForCausalLM
 WINDOW, TOKENS = 128, 256  # W, and tokens of a row
 WARMUP = 4  # steps
 LEARNING_RATE = 5e-4
-NEXT_TOKEN = 0.1  # weight of the next-token loss beside the divergence from the source
+NEXT_TOKEN = 0.1  # weight of the next-token loss; the rest is that of the divergence from the source
 
 
 def choices(layers: int) -> tuple[dict[str, dict], dict[str, dict]]:
