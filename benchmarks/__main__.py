@@ -85,12 +85,14 @@ def write(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail where something differs.")] = False,
 ) -> None:
     """Rewrite the blocks between result markers in the READMEs, and the pictures. Needs no model; takes seconds."""
-    if check:
-        wrong = render.mistakes()
-        if wrong:
-            sys.exit("\n".join([*wrong, "`python -m benchmarks render` writes what benchmarks/results say."]))
-        return
-    for path in render.write():
+    try:
+        wrong = render.mistakes() if check else []
+        written = [] if check else render.write()
+    except LookupError as error:
+        sys.exit(str(error))
+    if wrong:
+        sys.exit("\n".join([*wrong, "`python -m benchmarks render` writes what benchmarks/results say."]))
+    for path in written:
         print(path.relative_to(ROOT))
 
 

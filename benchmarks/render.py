@@ -15,7 +15,8 @@ from benchmarks.registry import TABLES
 from benchmarks.results import FOLDER, ROOT, Result
 
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
-BLOCK = re.compile(r"(<!-- results: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+START = re.compile(r"^<!-- results: (.*) -->$", re.MULTILINE)
+BLOCK = re.compile(r"^(<!-- results: (.*?) -->\n).*?^(<!-- end -->)$", re.MULTILINE | re.DOTALL)
 SOURCE = "Source"  # of a picture: the digest of the result that it shows
 SIZE_INCHES, DOTS_PER_INCH = (13, 4.6), 110
 
@@ -62,7 +63,15 @@ def rendered(page: Path) -> str:
             raise LookupError(f"{page.name} has a block of results '{name}', which is not a table.")
         return f"{found[1]}\n{block(name, page)}\n\n{found[3]}"
 
-    return BLOCK.sub(fill, page.read_text())
+    text = page.read_text()
+    if START.findall(text) != names(text):
+        raise LookupError(f"{page.name} has a block of results without a line '<!-- end -->'.")
+    return BLOCK.sub(fill, text)
+
+
+def names(text: str) -> list[str]:
+    """Tables whose results a page shows."""
+    return [name for _, name, _ in BLOCK.findall(text)]
 
 
 def results() -> list[Result]:
@@ -104,7 +113,7 @@ def mistakes() -> list[str]:
     shown: set[str] = set()
     for page in PAGES:
         text = page.read_text()
-        shown |= {name for _, name, _ in BLOCK.findall(text)}
+        shown.update(names(text))
         if rendered(page) != text:
             found.append(f"{page.relative_to(ROOT)} differs from benchmarks/results.")
     found += [f"{picture(result).name} of {result.machine} shows another result." for result in stale_pictures()]

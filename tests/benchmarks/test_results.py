@@ -177,6 +177,18 @@ def test_a_block_of_no_table_is_refused(page):
         render.write()
 
 
+@pytest.mark.parametrize("rest", ["", "\n<!-- results: prefill -->\n<!-- end -->\n"])
+def test_a_block_without_an_end_is_refused(page, rest):
+    page.write_text(f"<!-- results: chunk_size -->\n| 1 |\n{rest}")
+    with pytest.raises(LookupError, match="has a block of results without a line '<!-- end -->'"):
+        render.write()
+
+
+def test_a_marker_within_a_sentence_is_not_a_block(page):
+    page.write_text("Tables stand between `<!-- results: speed -->` and `<!-- end -->`.\n")
+    assert render.write() == []
+
+
 def test_the_pages_follow_from_the_results():
     """A number that was pasted into a table of the READMEs fails here: `python -m benchmarks render` puts it right."""
     assert render.mistakes() == []
