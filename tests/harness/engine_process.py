@@ -1,79 +1,50 @@
-"""Run a checkpoint in a process of its own and print what it generated: other ranks, other runners.
+"""Engines of one runner, one after the other, for jobs that come as lines of JSON: the child of harness/runners.py.
 
-    python -m harness.engine_process CHECKPOINT RUNNER < job.json
+    python -m harness.engine_process RUNNER
 
-The job is {"settings": {...}, "batches": [[{"prompt": [...], "sampling": {...}, "adapter": "FOLDER"}]]}, with settings
-of vLLM's `LLM`; sampling and adapter may be left out.
-`RUNNER` is v1, v1-graphs, v2 or v2-triton. With v1-graphs the model is compiled in pieces that replay the addresses of
-their first call, as CUDA graphs do (graph_replay.py). vLLM's V2 runner is CUDA's default and wants Triton, of which the
-CPU build has no backend; here its kernels run in Triton's interpreter, on the CPU and with the same results. With
-v2-triton attention itself, too, is CUDA's Triton backend: slow, so for a few tokens only.
+A job is {"checkpoint": FOLDER, "settings": {...}, "batches": [[{"prompt": [...], "sampling": {...}, "adapter":
+FOLDER}]]}, with settings of vLLM's `LLM`; sampling and adapter may be left out. Its answer is one line on standard
+output, {"batches": [...]} or {"error": TRACEBACK}; everything that vLLM prints goes to standard error. The process ends
+where its input does, or by SIGALRM when a job takes longer than JOB_S.
+
+RUNNER is one of these:
+- v1.
+- v1-graphs: the model is compiled in pieces that replay the addresses of their first call, as CUDA graphs do
+  (graph_replay.py).
+- v2: vLLM's V2 runner, CUDA's default. It needs Triton, for which the CPU build has no backend; here its kernels run in
+  Triton's interpreter, on the CPU and with the same results.
+- v2-triton: attention itself, too, is CUDA's Triton backend. That is slow, so it suits a few tokens only.
+- two-ranks: V1 on two workers, which are forked from a process that has imported vLLM already.
 """
 
+import gc
 import json
-import subprocess
+import os
+import signal
 import sys
+import traceback
 from collections import Counter
-from dataclasses import dataclass
 from types import SimpleNamespace
 
-from harness import interpreter
-from harness.checkout import ROOT
-
-# Settings of `run`: one core for each rank; vLLM would give all cores to the first.
-TWO_RANKS = dict(
-    environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, tensor_parallel_size=2, disable_custom_all_reduce=True
-)
 METRICS = ("yocou_self_decoder_rows", "yocou_cross_decoder_rows", "yocou_skipped_rows", "num_preemptions")
-
-
-@dataclass
-class Batch:
-    """One call of `LLM.generate`: its outputs as vLLM gives them, and how far each metric moved."""
-
-    outputs: list
-    metrics: dict[str, int]
-
-
-def run(checkpoint, batches: list[list[dict]], runner: str = "v1", environment: dict | None = None, **settings):
-    """Start the process, return a list of `Batch`."""
-    from benchmarks.server import user_environment
-
-    process = subprocess.run(
-        [sys.executable, "-m", __name__, str(checkpoint), runner],
-        input=json.dumps({"settings": settings, "batches": batches}),
-        capture_output=True,
-        text=True,
-        cwd=ROOT / "tests",
-        env=user_environment() | (environment or {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}),
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr[-5000:]
-    (line,) = (line for line in process.stdout.splitlines() if line.startswith("RESULT "))
-    return [
-        Batch([request_output(output) for output in batch["outputs"]], batch["metrics"])
-        for batch in json.loads(line.removeprefix("RESULT "))
-    ]
-
-
-def request_output(plain: dict) -> SimpleNamespace:
-    """vLLM's shape again, from JSON."""
-
-    def logprobs(rows: list | None) -> list | None:
-        return rows and [row and {int(token): SimpleNamespace(logprob=p) for token, p in row.items()} for row in rows]
-
-    completions = [
-        SimpleNamespace(token_ids=completion["token_ids"], logprobs=logprobs(completion["logprobs"]))
-        for completion in plain["completions"]
-    ]
-    return SimpleNamespace(
-        outputs=completions,
-        prompt_logprobs=logprobs(plain["prompt_logprobs"]),
-        num_cached_tokens=plain["num_cached_tokens"],
-    )
+DEFAULTS = dict(
+    skip_tokenizer_init=True,
+    dtype="float32",
+    max_model_len=512,
+    max_num_batched_tokens=37,
+    max_num_seqs=8,
+    kv_cache_memory_bytes=32 << 20,
+    disable_log_stats=False,
+    compilation_config={"mode": 0},
+)
+TWO_RANKS = dict(tensor_parallel_size=2, disable_custom_all_reduce=True)
+GREEDY = dict(temperature=0, max_tokens=12, ignore_eos=True, logprobs=5, detokenize=False)
+JOB_S = 300
 
 
 def plain_output(output) -> dict:
+    """What harness/runners.py makes a RequestOutput of again."""
+
     def plain(rows) -> list | None:
         return rows and [row and {token: entry.logprob for token, entry in row.items()} for row in rows]
 
@@ -89,6 +60,8 @@ def plain_output(output) -> dict:
 
 def interpret_triton() -> None:
     """Let vLLM find a CPU backend in Triton: its interpreter."""
+    from harness import interpreter
+
     interpreter.install()
     import triton.backends
 
@@ -105,6 +78,18 @@ def attend_in_triton() -> None:
 
     vllm_yocou.serving.caches.get_attn_backend = lambda *args, **kwargs: TritonAttentionBackend
     torch.cuda.get_device_capability = lambda *args: (9, 0)  # asked for by its cache writer, to choose a block
+
+
+def fork_workers() -> None:
+    """Let workers inherit the modules that each would otherwise import for itself, for ten seconds of a core."""
+    from multiprocessing import get_context
+
+    import vllm.v1.executor.multiproc_executor as executor
+
+    context = get_context("forkserver")
+    # The server of the forks starts with the first worker, and so in the environment that vLLM has prepared for it.
+    context.set_forkserver_preload(["vllm.v1.worker.cpu_worker", "vllm_yocou.serving.model"])
+    executor.get_mp_context = lambda: context
 
 
 def counted_kernels() -> Counter:
@@ -127,58 +112,83 @@ def counted_kernels() -> Counter:
     return calls
 
 
-def main() -> None:
-    checkpoint, runner = sys.argv[1:]
-    if runner.startswith("v2"):
-        interpret_triton()
-    if runner == "v2-triton":
-        attend_in_triton()
-    kernels = counted_kernels() if runner == "v2-triton" else {}
-    # Not before: both import vLLM, which looks for Triton once.
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
+class Engines:
+    """Starts engines of a runner and asks them; what it changes in vLLM stays for the life of the process."""
 
-    from harness import graph_replay
+    def __init__(self, runner: str):
+        self.v2 = runner.startswith("v2")
+        self.settings = DEFAULTS | (TWO_RANKS if runner == "two-ranks" else {})
+        # First: importing vLLM looks for Triton, once.
+        if self.v2:
+            interpret_triton()
+        if runner == "v2-triton":
+            attend_in_triton()
+        self.kernels = counted_kernels() if runner == "v2-triton" else Counter()
+        from harness import graph_replay
 
-    if runner == "v1-graphs":
-        graph_replay.install()
-    job = json.load(sys.stdin)
-    defaults = dict(
-        skip_tokenizer_init=True,
-        dtype="float32",
-        max_model_len=512,
-        max_num_batched_tokens=37,
-        max_num_seqs=8,
-        kv_cache_memory_bytes=32 << 20,
-        disable_log_stats=False,
-        compilation_config={"mode": 0},
-    )
-    llm = LLM(checkpoint, **defaults | job["settings"])
-    assert llm.llm_engine.vllm_config.use_v2_model_runner == runner.startswith("v2")
+        self.graphs = graph_replay.ReplayedGraph
+        if runner == "v1-graphs":
+            graph_replay.install()
+        if runner == "two-ranks":
+            fork_workers()
 
-    def metrics() -> dict[str, int]:
+    def answer(self, job: dict) -> dict:
+        from vllm import LLM
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        llm = None
+        try:
+            llm = LLM(job["checkpoint"], **self.settings | job["settings"])
+            assert llm.llm_engine.vllm_config.use_v2_model_runner == self.v2
+            return {"batches": self.generated(llm, job["batches"])}
+        except Exception:
+            return {"error": traceback.format_exc()}
+        finally:
+            if llm is not None:
+                llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+            cleanup_dist_env_and_memory()
+
+    def generated(self, llm, batches: list[list[dict]]) -> list[dict]:
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        ids: dict[str, int] = {}
+
+        def adapter(folder: str) -> LoRARequest:
+            return LoRARequest(folder, ids.setdefault(folder, len(ids) + 1), folder)
+
+        result, before = [], self.metrics(llm)
+        for batch in batches:
+            prompts = [{"prompt_token_ids": request["prompt"]} for request in batch]
+            parameters = [SamplingParams(**GREEDY | request.get("sampling", {})) for request in batch]
+            adapters = [adapter(request["adapter"]) if request.get("adapter") else None for request in batch]
+            outputs = llm.generate(prompts, parameters, use_tqdm=False, lora_request=adapters)
+            after = self.metrics(llm)
+            moved = {name: after[name] - before[name] for name in after}
+            result.append({"outputs": [plain_output(output) for output in outputs], "metrics": moved})
+            before = after
+        return result
+
+    def metrics(self, llm) -> dict[str, int]:
+        """Sums over all engines that the process has had: vLLM's registry and the counters are the process's."""
         found = llm.get_metrics()
         counted = {name: sum(entry.value for entry in found if entry.name == f"vllm:{name}") for name in METRICS}
-        graphs = graph_replay.ReplayedGraph
-        return counted | dict(kernels) | {"graph_captures": graphs.captures, "graph_replays": graphs.replays}
+        kernels = {name: self.kernels[name] for name in ("window_step", "global_write", "cross_attention")}
+        return counted | kernels | {"graph_captures": self.graphs.captures, "graph_replays": self.graphs.replays}
 
-    ids = {}
 
-    def adapter(folder: str) -> LoRARequest:
-        return LoRARequest(folder, ids.setdefault(folder, len(ids) + 1), folder)
-
-    greedy = dict(temperature=0, max_tokens=12, ignore_eos=True, logprobs=5, detokenize=False)
-    result, before = [], metrics()
-    for batch in job["batches"]:
-        prompts = [{"prompt_token_ids": request["prompt"]} for request in batch]
-        parameters = [SamplingParams(**greedy | request.get("sampling", {})) for request in batch]
-        adapters = [adapter(request["adapter"]) if request.get("adapter") else None for request in batch]
-        outputs = llm.generate(prompts, parameters, use_tqdm=False, lora_request=adapters)
-        after = metrics()
-        moved = {name: after[name] - before.get(name, 0) for name in after}
-        result.append({"outputs": [plain_output(output) for output in outputs], "metrics": moved})
-        before = after
-    print("RESULT", json.dumps(result))
+def main() -> None:
+    (runner,) = sys.argv[1:]
+    # Standard output is for answers; what vLLM and its workers print goes where the errors go.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    engines = Engines(runner)
+    for line in sys.stdin:
+        signal.alarm(JOB_S)
+        print(json.dumps(engines.answer(json.loads(line))), file=answers, flush=True)
+        signal.alarm(0)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Triton's interpreter, where it differs from a GPU: what a test that uses it has to mend first."""
+"""Triton's interpreter, mended where it differs from a GPU, and several times as fast at kernels of a few numbers."""
 
 import os
 
 
 def install() -> None:
-    """For this process, before any kernel runs; Triton asks TRITON_INTERPRET when it is imported."""
+    """Mend it for this process, before Triton is imported: Triton asks TRITON_INTERPRET only then."""
     os.environ["TRITON_INTERPRET"] = "1"
     import numpy as np
     import triton.language as tl
@@ -31,3 +31,17 @@ def install() -> None:
             return super().create_dot(widened(a), widened(b), *rest)
 
     interpreter.interpreter_builder.__class__ = Builder
+
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(function):
+        """Patch the language for all kernels of a module and leave it so: nothing in this process compiles kernels.
+
+        Triton does it for every launch and every call of one kernel by another, which takes longer than small kernels.
+        """
+        if function.__module__ not in patched:
+            patch(function)
+            patched.add(function.__module__)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_once

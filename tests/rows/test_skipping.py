@@ -6,8 +6,9 @@ One engine a runner: chunks of 37 tokens, eight requests at a time, prefix cachi
 import random
 
 import pytest
-from harness import engine_process, tiny
+from harness import tiny
 from harness.oracle import check
+from harness.runners import Batch, EngineProcess
 
 CHUNK = 37
 RUNNERS = ("v1", "v2")
@@ -49,21 +50,22 @@ def rows(request: dict, cached: int = 0) -> tuple[int, int]:
 
 
 class Ran:
-    def __init__(self, folder, runner: str, **settings):
+    def __init__(self, process: EngineProcess, folder, **settings):
         self.model = tiny.model(tiny.config(qk_norm="all", cross_decoder_rope=True))
         self.model.save_pretrained(folder)
-        batches = engine_process.run(folder, list(BATCHES.values()), runner, **settings)
+        batches = process.run(folder, list(BATCHES.values()), **settings)
         self.batches = dict(zip(BATCHES, batches, strict=True))
 
-    def check(self, name: str) -> engine_process.Batch:
+    def check(self, name: str) -> Batch:
         check(self.model, BATCHES[name], self.batches[name].outputs)
         return self.batches[name]
 
 
 @pytest.fixture(scope="module", params=RUNNERS)
-def ran(request, tmp_path_factory):
+def ran(request, engine_processes, tmp_path_factory):
     # 28 blocks of 192 global tokens: eight requests hold one each and two for their windows, but not two and two.
-    return Ran(tmp_path_factory.mktemp("checkpoint"), request.param, kv_cache_memory_bytes=28 * 192 * 512)
+    process = engine_processes.of(request.param)
+    return Ran(process, tmp_path_factory.mktemp("checkpoint"), kv_cache_memory_bytes=28 * 192 * 512)
 
 
 @pytest.mark.parametrize("name", ["mixed", "alone", "boundaries"])
@@ -95,8 +97,8 @@ def test_preempted_requests(ran):
     assert batch.metrics["num_preemptions"] > 0 and batch.metrics["yocou_skipped_rows"] > 0
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
-def test_ngram_speculation_is_exact(runner, tmp_path):
+@pytest.mark.parametrize("engine_process, skips", [("v1", False), ("v2", True)], indirect=["engine_process"])
+def test_ngram_speculation_is_exact(engine_process, skips, tmp_path):
     """V2 skips under speculation too; V1 cannot tell who wants prompt log probabilities then, and skips nothing."""
     model = tiny.model(tiny.config())
     model.save_pretrained(tmp_path)
@@ -104,14 +106,15 @@ def test_ngram_speculation_is_exact(runner, tmp_path):
     # A prompt of one token beside another's decode is scheduled with drafts, which nothing was sampled before.
     padded = [{"prompt": tiny.prompt(length, 5), "sampling": {"max_tokens": 20}} for length in (CHUNK, 1, 100)]
     requests = [*padded, *mixed(9, seed=300), *repeating]
-    (batch,) = engine_process.run(tmp_path, [requests], runner, speculative_config=NGRAM)
+    (batch,) = engine_process.run(tmp_path, [requests], speculative_config=NGRAM)
     check(model, requests, batch.outputs)
     self_rows, cross_rows = (sum(counts) for counts in zip(*map(rows, requests), strict=True))
-    assert batch.metrics["yocou_skipped_rows"] == (self_rows - cross_rows if runner == "v2" else 0)
+    assert batch.metrics["yocou_skipped_rows"] == (self_rows - cross_rows if skips else 0)
     assert batch.metrics["yocou_self_decoder_rows"] > self_rows  # refused drafts are rows as well
 
 
-def test_cudas_triton_attention_on_packed_blocks(tmp_path):
+@pytest.mark.parametrize("engine_process", ["v2-triton"], indirect=True)
+def test_cudas_triton_attention_on_packed_blocks(engine_process, tmp_path):
     """Blocks of 16 tokens, token-major pages, and fewer queries than keys in vLLM's Triton kernels."""
     model = tiny.model(tiny.config())
     model.save_pretrained(tmp_path)
@@ -119,12 +122,12 @@ def test_cudas_triton_attention_on_packed_blocks(tmp_path):
         {"prompt": tiny.prompt(41), "sampling": {"max_tokens": 3}},
         {"prompt": tiny.prompt(19), "sampling": {"max_tokens": 2, "prompt_logprobs": 1}},
     ]
-    (batch,) = engine_process.run(tmp_path, [requests], "v2-triton", max_model_len=64)
+    (batch,) = engine_process.run(tmp_path, [requests], max_model_len=64)
     check(model, requests, batch.outputs)
     assert batch.metrics["yocou_skipped_rows"] == 40
 
 
-def test_switched_off(tmp_path):
+def test_switched_off(engine_process, tmp_path):
     model = tiny.model(tiny.config())
     model.save_pretrained(tmp_path)
     requests = mixed(5, seed=400)
