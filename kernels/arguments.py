@@ -29,13 +29,6 @@ class Rotation:
     def kind(self) -> int:
         return INTERLEAVED if self.interleaved else HALVES
 
-    def turned(self, x_NKd: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
-        """The oracle's rotation, in torch."""
-        cos, sin = (part.to(x_NKd.dtype)[:, None] for part in self.cos_sin_PD[positions_N].chunk(2, dim=-1))
-        first, second = (x_NKd[..., ::2], x_NKd[..., 1::2]) if self.interleaved else x_NKd.chunk(2, dim=-1)
-        turned = (first * cos - second * sin, second * cos + first * sin)
-        return torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -60,15 +53,6 @@ class Batch:
         for numbers in (self.block_table_RX, self.starts_R1, self.lengths_R):
             assert numbers.dtype == torch.int32, "block table, starts and lengths are int32"
         return R
-
-    def rows(self) -> list[tuple[int, int, int]]:
-        """(row, request, position) of every row that is not padding, for the oracles."""
-        bounds = self.starts_R1.tolist()
-        return [
-            (row, r, length - bounds[r + 1] + row)
-            for r, length in enumerate(self.lengths_R.tolist())
-            for row in range(bounds[r], bounds[r + 1])
-        ]
 
 
 def check_rows(one: str, x_NKd: torch.Tensor, other: str, y_NKd: torch.Tensor) -> tuple[int, int, int]:

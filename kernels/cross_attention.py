@@ -17,31 +17,6 @@ TILE = 64  # keys at a time
 SPLIT, MOST_SPLITS = 512, 64  # keys to a split, at least, of the longest context
 
 
-def naive(
-    q_MHd: torch.Tensor,
-    k_cache_BSKd: torch.Tensor,
-    v_cache_BSKd: torch.Tensor,
-    batch: Batch,
-    scale: float,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
-) -> torch.Tensor:
-    """The oracle: as `cross_attention`, row by row, in the dtype of `q_MHd`."""
-    S, K = k_cache_BSKd.shape[1:3]
-    out_MHd = torch.zeros_like(q_MHd)
-    for m, request, position in batch.rows():
-        seen = torch.arange(position + 1)
-        block = batch.block_table_RX[request, seen // S].long()
-        keys, values = (
-            cache[block, seen % S].to(q_MHd.dtype) * factor
-            for cache, factor in ((k_cache_BSKd, k_scale), (v_cache_BSKd, v_scale))
-        )
-        q_KGd = q_MHd[m].unflatten(0, (K, -1))
-        weights_KGN = torch.einsum("kgd,nkd->kgn", q_KGd * scale, keys).softmax(-1)
-        out_MHd[m] = torch.einsum("kgn,nkd->kgd", weights_KGN, values).flatten(0, 1)
-    return out_MHd
-
-
 def scratch(M: int, H: int, d: int, longest: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """What splits hand to the reduction, for contexts of up to `longest`: results (M, H, X, d), masses (M, H, X)."""
     splits = max(1, min(MOST_SPLITS, longest // SPLIT))

@@ -11,31 +11,6 @@ from vllm_yocou.kernels.arguments import Rotation, check_cache, check_rows
 from vllm_yocou.kernels.vectors import NO_ROPE, load_vectors
 
 
-def naive(
-    k_NKd: torch.Tensor,
-    v_NKd: torch.Tensor,
-    k_cache_BSKd: torch.Tensor,
-    v_cache_BSKd: torch.Tensor,
-    slots_N: torch.Tensor,
-    norm_d: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    rotation: Rotation | None = None,
-    positions_N: torch.Tensor | None = None,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
-) -> None:
-    """The oracle: as `global_write`, in torch and in the dtype of `k_NKd`."""
-    if norm_d is not None:
-        k_NKd = torch.nn.functional.rms_norm(k_NKd, norm_d.shape, norm_d.to(k_NKd.dtype), eps)
-    if rotation is not None:
-        k_NKd = rotation.turned(k_NKd, positions_N)
-    slots = k_cache_BSKd.shape[1]
-    kept = slots_N >= 0
-    block, slot = slots_N[kept] // slots, slots_N[kept] % slots
-    k_cache_BSKd[block, slot] = (k_NKd[kept] / k_scale).to(k_cache_BSKd.dtype)
-    v_cache_BSKd[block, slot] = (v_NKd[kept] / v_scale).to(v_cache_BSKd.dtype)
-
-
 def global_write(
     k_NKd: torch.Tensor,
     v_NKd: torch.Tensor,

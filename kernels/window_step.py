@@ -10,51 +10,12 @@ import triton
 import triton.language as tl
 
 from vllm_yocou.kernels.arguments import Batch, Rotation, check_cache, check_queries, check_rows
-from vllm_yocou.kernels.global_write import naive as naive_write
 from vllm_yocou.kernels.requests import request_of_tile
 from vllm_yocou.kernels.vectors import load_vectors
 
 TILE = 32  # keys at a time, of heads of up to 256 bytes; of wider ones half as many fit into a GPU's shared memory
 # Queries of a program, its rows times their heads: as few as a matrix product takes, or more that share their keys.
 DECODE_QUERIES, CHUNK_QUERIES = 16, 64
-
-
-def naive(
-    q_NHd: torch.Tensor,
-    k_NKd: torch.Tensor,
-    v_NKd: torch.Tensor,
-    k_cache_BSKd: torch.Tensor,
-    v_cache_BSKd: torch.Tensor,
-    slots_N: torch.Tensor,
-    batch: Batch,
-    longest: int,
-    window: int,
-    scale: float,
-    rotation: Rotation,
-    q_norm_d: torch.Tensor | None = None,
-    k_norm_d: torch.Tensor | None = None,
-    eps: float = 1e-6,
-) -> torch.Tensor:
-    """The oracle: as `window_step`, first writing all keys and values, then row by row; zeros for padding."""
-    S, K = k_cache_BSKd.shape[1:3]
-    rows = batch.rows()
-    positions_N = torch.zeros(len(q_NHd), dtype=torch.int64)
-    for n, _, position in rows:
-        positions_N[n] = position
-    naive_write(
-        k_NKd, v_NKd, k_cache_BSKd, v_cache_BSKd, slots_N, k_norm_d, eps, rotation=rotation, positions_N=positions_N
-    )
-    if q_norm_d is not None:
-        q_NHd = torch.nn.functional.rms_norm(q_NHd, q_norm_d.shape, q_norm_d.to(q_NHd.dtype), eps)
-    q_NHd = rotation.turned(q_NHd, positions_N)
-    out_NHd = torch.zeros_like(q_NHd)
-    for n, request, position in rows:
-        seen = torch.arange(max(0, position - window + 1), position + 1)
-        block = batch.block_table_RX[request, seen // S].long()
-        keys, values = (cache[block, seen % S].to(q_NHd.dtype) for cache in (k_cache_BSKd, v_cache_BSKd))
-        weights_KGW = torch.einsum("kgd,wkd->kgw", q_NHd[n].unflatten(0, (K, -1)) * scale, keys).softmax(-1)
-        out_NHd[n] = torch.einsum("kgw,wkd->kgd", weights_KGW, values).flatten(0, 1)
-    return out_NHd
 
 
 def window_step(

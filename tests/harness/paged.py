@@ -3,6 +3,7 @@
 import torch
 
 from vllm_yocou.kernels.arguments import Batch, Rotation
+from vllm_yocou.kernels.naive import rows
 
 HALF_PRECISION = [torch.float16, torch.bfloat16]
 
@@ -19,7 +20,7 @@ def batch(chunks: list[tuple[int, int]], blocks_each: int, slots: int) -> tuple[
     starts_R1 = torch.tensor([0, *(fresh for _, fresh in chunks)]).cumsum(0).int()
     whole = Batch(table_RX, starts_R1, torch.tensor([before + fresh for before, fresh in chunks]).int())
     slots_N = [
-        int(table_RX[request, position // slots]) * slots + position % slots for _, request, position in whole.rows()
+        int(table_RX[request, position // slots]) * slots + position % slots for _, request, position in rows(whole)
     ]
     return whole, torch.tensor(slots_N)
 

@@ -32,7 +32,7 @@ def shared_bytes(monkeypatch) -> list[int]:
                 constants[(i,)], signature[parameter.name] = value, "constexpr"
                 continue
             signature[parameter.name] = mangle_type(value)
-            if isinstance(value, torch.Tensor) or isinstance(value, int) and value % 16 == 0:
+            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
                 known[(i,)] = [["tt.divisibility", 16]]
         needed.append(compile(ASTSource(self, signature, constants, known), target=H100).metadata.shared)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from harness import paged
 
+from vllm_yocou.kernels import naive
 from vllm_yocou.kernels.arguments import Batch
-from vllm_yocou.kernels.cross_attention import MOST_SPLITS, SPLIT, TILE, cross_attention, naive, scratch
+from vllm_yocou.kernels.cross_attention import MOST_SPLITS, SPLIT, TILE, cross_attention, scratch
 
 SLOTS = 16
 CONTEXTS = [1, 2, 15, 16, 17, TILE - 1, TILE, TILE + 1, SPLIT - 1, SPLIT + 1, 1999]
@@ -26,7 +27,7 @@ def compare(
     cache = paged.caches(len(chunks) * (2048 // slots), slots, kv_heads, d, cache_dtype or dtype)
     q_MHd = torch.randn(len(slots_M) + padding, heads, d).to(dtype)
     got = cross_attention(q_MHd, *cache, batch, d**-0.5, **scales)
-    paged.close(got, naive(q_MHd.double(), *cache.double(), batch, d**-0.5, **scales))
+    paged.close(got, naive.cross_attention(q_MHd.double(), *cache.double(), batch, d**-0.5, **scales))
     return got
 
 
@@ -68,7 +69,7 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours():
     cache = paged.caches(512, SLOTS, 2, 64, torch.float32)
     q_MHd = torch.randn(len(slots_M), 4, 64)
     together = cross_attention(q_MHd, *cache, batch, 0.125)
-    for m, request, position in batch.rows():
+    for m, request, position in naive.rows(batch):
         one = torch.tensor([0, 1, position + 1], dtype=torch.int32)
         alone = Batch(batch.block_table_RX[request][None], one[:2], one[2:])
         assert torch.equal(cross_attention(q_MHd[m][None], *cache, alone, 0.125)[0], together[m])

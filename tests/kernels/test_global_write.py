@@ -4,7 +4,8 @@ import pytest
 import torch
 from harness import paged
 
-from vllm_yocou.kernels.global_write import global_write, naive
+from vllm_yocou.kernels import naive
+from vllm_yocou.kernels.global_write import global_write
 
 SLOTS = 16
 
@@ -23,7 +24,7 @@ def test_keys_and_values(d, heads, rope, cache_dtype):
     turned = None if rope is None else paged.rotation(d, rope)
     norm_d = torch.rand(d) + 0.5 if heads != 1 else None
     settings = dict(norm_d=norm_d, positions_N=positions_N, k_scale=0.5, v_scale=4.0)
-    naive(
+    naive.global_write(
         k_NKd.double(),
         v_NKd.double(),
         *expected,
@@ -48,7 +49,7 @@ def test_rows_in_half_precision(dtype):
     expected = cache.double()
     turned, positions_N, norm_d = paged.rotation(64, False), torch.arange(5) * 700, torch.rand(64)
     settings = dict(positions_N=positions_N, norm_d=norm_d)
-    naive(k_NKd.double(), v_NKd.double(), *expected, slots_N, rotation=paged.doubled(turned), **settings)
+    naive.global_write(k_NKd.double(), v_NKd.double(), *expected, slots_N, rotation=paged.doubled(turned), **settings)
     global_write(k_NKd, v_NKd, *cache, slots_N, rotation=turned, **settings)
     paged.close(cache, expected)
 
@@ -69,7 +70,7 @@ def test_eight_bits():
     k_NKd, v_NKd = torch.randn(2, 5, 2, 64).to(torch.float8_e4m3fn).float()
     cache, slots_N = paged.caches(2, SLOTS, 2, 64, torch.float8_e4m3fn), torch.arange(5)
     expected = cache.double()
-    naive(k_NKd.double(), v_NKd.double(), *expected, slots_N, k_scale=0.5, v_scale=4.0)
+    naive.global_write(k_NKd.double(), v_NKd.double(), *expected, slots_N, k_scale=0.5, v_scale=4.0)
     global_write(k_NKd, v_NKd, *cache, slots_N, k_scale=0.5, v_scale=4.0)
     paged.close(cache, expected)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from harness import paged
 
+from vllm_yocou.kernels import naive
 from vllm_yocou.kernels.arguments import Rotation
-from vllm_yocou.kernels.window_step import TILE, naive, window_step
+from vllm_yocou.kernels.window_step import TILE, window_step
 
 SLOTS = 16
 
@@ -24,7 +25,7 @@ def compare(heads, kv_heads, d, window, chunks, dtype=torch.float32, interleaved
     turned = paged.rotation(d, interleaved)
     norms = [torch.rand(d) + 0.5 for _ in range(2)] if norm else [None, None]
     expected_cache, N = cache.double(), len(slots_N)
-    expected = naive(
+    expected = naive.window_step(
         *(x_NXd[:N].double() for x_NXd in (q_NHd, k_NKd, v_NKd)), *expected_cache, *step, paged.doubled(turned), *norms
     )
     out_NHd = torch.full((rows, heads, d), 7.0, dtype=dtype)
