@@ -16,10 +16,10 @@ SCHEMA = {
 
 
 def main() -> None:
-    llm = LLM(str(TRAINED), dtype="float32", kv_cache_memory_bytes=256 << 20)
     # Compact JSON: a small model could go on with line breaks until its tokens are spent.
-    schema = StructuredOutputsParams(json=SCHEMA, disable_any_whitespace=True)
-    bound = SamplingParams(temperature=0, max_tokens=60, structured_outputs=schema)
+    compact = {"backend": "xgrammar", "disable_any_whitespace": True}
+    llm = LLM(str(TRAINED), dtype="float32", kv_cache_memory_bytes=256 << 20, structured_outputs_config=compact)
+    bound = SamplingParams(temperature=0, max_tokens=60, structured_outputs=StructuredOutputsParams(json=SCHEMA))
     for output in llm.generate(["In the beginning God created", "And Jesus said unto them,"], bound):
         print(f"{output.prompt!r} -> {output.outputs[0].text}")
 
