@@ -34,7 +34,8 @@ def run(*command: str, **settings) -> str:
     return done.stdout
 
 
-def test_offline_generates_what_the_reference_generates(starts_vllm, reference, tokenizer):
+def test_offline_generates_what_the_reference_generates(starts_vllm, nightly, reference, tokenizer):
+    """Compiled, in a process of its own; test_features.py runs it eagerly."""
     prompts = ["In the beginning", "And Jesus said unto them,"]
     printed = run(sys.executable, "examples/inference/offline.py", TRAINED, *prompts)
     for prompt in prompts:

@@ -1,4 +1,4 @@
-"""Two replicas on a local Ray cluster: whatever dies, every row is answered once, as the reference answers it."""
+"""Replicas on a local Ray cluster: whatever dies, every row is answered once, as the reference answers it."""
 
 import importlib.util
 import json
@@ -38,8 +38,8 @@ def log(destination: Path) -> Path:
     return destination.with_suffix(".log")
 
 
-def start(source: Path, destination: Path) -> subprocess.Popen:
-    settings = ["--replicas", "2", "--cpus", "0.5", "--batch", str(BATCH), "--max-tokens", str(TOKENS)]
+def start(source: Path, destination: Path, replicas: int) -> subprocess.Popen:
+    settings = ["--replicas", str(replicas), "--cpus", "0.5", "--batch", str(BATCH), "--max-tokens", str(TOKENS)]
     command = [sys.executable, str(EXAMPLE), str(TRAINED), str(source), str(destination), *settings]
     out = log(destination).open("a")
     bounded = ["timeout", "--foreground", "--signal=INT", str(TIMEOUT), *command, "--engine", json.dumps(ENGINE)]
@@ -78,11 +78,25 @@ def check(rows: list[dict], answered: list[dict]) -> None:
         assert by_id[row["id"]]["completion"] == tokenizer.decode(expected, skip_special_tokens=True)
 
 
+def written(rows: list[dict], folder: Path) -> tuple[Path, Path]:
+    """Input and output of a run."""
+    source = folder / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return source, folder / "answers"
+
+
+def test_every_row_is_answered_once(starts_vllm, rows, tmp_path):
+    """By one replica, with the row that is too long among them."""
+    some = rows[ROWS // 2 - 7 : ROWS // 2 + 7]
+    source, destination = written(some, tmp_path)
+    assert start(source, destination, replicas=1).wait(TIMEOUT) == 0, log(destination).read_text()
+    check(some, answers(destination))
+
+
 def test_no_row_is_lost_or_doubled(starts_vllm, both_cores, nightly, rows, tmp_path):
     """A replica is killed and replaced, the whole run is interrupted, then it goes on."""
-    source, destination = tmp_path / "rows.jsonl", tmp_path / "answers"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    process = start(source, destination)
+    source, destination = written(rows, tmp_path)
+    process = start(source, destination, replicas=2)
     wait(process, lambda: list(destination.glob("*")))
     victim, _ = replicas(process)
     dying = [victim, *victim.children(recursive=True)]
@@ -93,7 +107,7 @@ def test_no_row_is_lost_or_doubled(starts_vllm, both_cores, nightly, rows, tmp_p
     process.wait(60)
     done = answers(destination)
     assert 0 < len(done) < ROWS
-    process = start(source, destination)
+    process = start(source, destination, replicas=2)
     assert process.wait(TIMEOUT) == 0, log(destination).read_text()
     assert f"{len(done)} of {ROWS} rows are in" in log(destination).read_text()
     check(rows, answers(destination))

@@ -49,6 +49,13 @@ def test_one_split_and_as_many_as_there_are(longest):
     compare(4, 2, 64, [1, 255, 130], longest=longest)
 
 
+def test_what_no_program_wrote_is_seen():
+    """Most splits leave their result as it was allocated, which the reduction must not read."""
+    partial_MHXd, logsumexp_MHX = scratch(1, 2, 16, MOST_SPLITS * SPLIT, None)
+    assert partial_MHXd.isnan().all()
+    assert logsumexp_MHX.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", paged.HALF_PRECISION, ids=str)
 def test_half_precision(dtype):
     compare(4, 2, 80, CONTEXTS[::2], dtype)
