@@ -23,7 +23,7 @@ def test_shards_have_an_index_and_the_size_that_was_asked_for(tmp_path):
 
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path):
-    """Nor does it touch a folder that is there; and what a killed one left behind is no hindrance."""
+    """Nor does it touch a folder that is there; and what a killed one left does not get in the way."""
     source, destination = tmp_path / "source", tmp_path / "converted"
     source.mkdir()
     save_changed(source)
