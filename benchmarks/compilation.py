@@ -13,7 +13,7 @@ from vllm import LLM
 from vllm.config import VllmConfig
 
 from benchmarks.console import progress, publish
-from benchmarks.results import Result
+from benchmarks.results import Key, Result
 from vllm_yocou.serving import model
 from vllm_yocou.serving.compilation import compiled_unit
 from vllm_yocou.serving.model import SelfDecoderLayer
@@ -109,7 +109,7 @@ def decode(engines: dict[str, LLM], result: Result) -> None:
                     steps[way] += [clocks[way].step_ms(llm) for _ in range(STEPS)]
                     native[way].append(native_ms(llm))
         for way in engines:
-            of = dict(batch=batch, way=NAMES[way])
+            of: dict[str, Key] = dict(batch=batch, way=NAMES[way])
             whole, around = zip(*steps[way], strict=True)
             result.add("step", "ms", whole, **of)
             result.add("around the model", "ms", around, **of)

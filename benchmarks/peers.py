@@ -143,7 +143,7 @@ def decode(engines: dict[str, LLM], context: int, batch: int) -> dict[str, list[
 
 def described(sizes: Sizes) -> dict[str, Any]:
     """The settings that a result names."""
-    cfg, on_gpu = peers(sizes)[OURS][0], torch.cuda.is_available()
+    cfg, on_gpu = config(sizes.shape, **sizes.changed), torch.cuda.is_available()
     layers = f"S {cfg.num_self_decoder_layers}, C {cfg.num_cross_decoder_layers}, T {cfg.num_iterations}"
     heads = f"{cfg.num_attention_heads} query and {cfg.num_key_value_heads} KV heads of {cfg.head_dim}"
     width, parameters = f"width {cfg.hidden_size}", f"{stored_parameters(cfg) / 1e6:.1f}M parameters"

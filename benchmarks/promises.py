@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ class Expected:
 
 class Reference:
     def __init__(self, checkpoint: Path):
-        self.model = YocoUForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self.model = YocoUForCausalLM.from_pretrained(str(checkpoint), dtype=torch.float32).eval()
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> torch.Tensor:
@@ -57,7 +58,7 @@ class Reference:
         best, second = rows.topk(2).values.unbind(-1)
         wrong = (rows.argmax(-1) != torch.tensor(served)) & (best - second > MARGIN)
         if wrong.any():
-            step = wrong.int().argmax().item()
+            step = int(wrong.int().argmax())
             raise Mistake(
                 "greedy answers are the reference's",
                 f"token {step} after a prompt of {len(expected.prompt)} is {served[step]} instead of "
@@ -65,7 +66,7 @@ class Reference:
             )
 
 
-def check_logprobs(expected: Expected, served: list[dict | None]) -> None:
+def check_logprobs(expected: Expected, served: list[Any]) -> None:
     """`served` is vLLM's prompt_logprobs: None, then {token: {"logprob": float}} for each further prompt token."""
     promise = "prompt log probabilities are the reference's"
     if len(served) != len(expected.prompt):

@@ -6,10 +6,12 @@ import statistics  # isort: skip
 import sys
 import time
 from itertools import pairwise
+from typing import Any
 
 import torch
 from transformers import StoppingCriteria
 from vllm import LLM, SamplingParams
+from vllm.inputs import TokensPrompt
 
 from benchmarks.console import progress, publish
 from benchmarks.results import Result
@@ -34,7 +36,7 @@ class Clock(StoppingCriteria):
 def by_reference(model: YocoUForCausalLM, prompts_BN: torch.Tensor) -> tuple[float, float]:
     """Seconds to the first token of all prompts, and the median of the further steps."""
     clock, new = Clock(), STEPS + 1
-    settings = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, stopping_criteria=[clock])
+    settings: dict[str, Any] = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, stopping_criteria=[clock])
     start_s = time.perf_counter()
     model.generate(prompts_BN, attention_mask=torch.ones_like(prompts_BN), **settings)
     return clock.at_s[0] - start_s, statistics.median(b - a for a, b in pairwise(clock.at_s))
@@ -44,9 +46,9 @@ def by_vllm(llm: LLM, prompts_BN: torch.Tensor) -> tuple[float, float]:
     """The same; steps are of requests that are all in decode."""
     parameters = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
     start_s = time.perf_counter()
-    llm.generate([{"prompt_token_ids": prompt} for prompt in prompts_BN.tolist()], parameters, use_tqdm=False)
+    llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts_BN.tolist()], parameters, use_tqdm=False)
     first_s = time.perf_counter() - start_s
-    with decoding(llm, *prompts_BN.shape, room=STEPS + 8):
+    with decoding(llm, batch=len(prompts_BN), context=prompts_BN.shape[1], room=STEPS + 8):
         return first_s, statistics.median(step_s(llm) for _ in range(STEPS))
 
 

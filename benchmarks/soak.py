@@ -91,7 +91,7 @@ class Client:
 
     async def run(self, session: aiohttp.ClientSession, until_s: float) -> None:
         while time.monotonic() < until_s:
-            await self.request(session, self.random.choices(list(KINDS), KINDS.values())[0])
+            await self.request(session, self.random.choices(list(KINDS), list(KINDS.values()))[0])
 
     async def request(self, session: aiohttp.ClientSession, kind: str) -> None:
         self.kind = kind

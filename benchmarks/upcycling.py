@@ -9,6 +9,7 @@ more work for each token.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from benchmarks.console import progress, publish
-from benchmarks.results import Result
+from benchmarks.results import Key, Result
 from vllm_yocou.checkpoints.llama import Upcycling
 from vllm_yocou.checkpoints.plan import plan as plan_of
 from vllm_yocou.checkpoints.sources import recognise
@@ -27,12 +28,14 @@ WARMUP = 4  # steps
 LEARNING_RATE = 5e-4
 NEXT_TOKEN = 0.1  # weight of the next-token loss; the rest is that of the divergence from the source
 
+Choices = dict[str, dict[str, Any]]  # by name, what `build` is told
 
-def choices(layers: int) -> tuple[dict[str, dict], dict[str, dict]]:
+
+def choices(layers: int) -> tuple[Choices, Choices]:
     """What is compared, for a source of this many layers: what is healed, and what is only started."""
     half, default = layers // 2, "the boundary layer's, RoPE"
-    own = dict(self_layers=half, attention_from=range(half, layers))
-    healed = {
+    own: dict[str, Any] = dict(self_layers=half, attention_from=range(half, layers))
+    healed: Choices = {
         f"{default} (the default)": dict(self_layers=half),
         "each layer's own, RoPE": own,
         "the boundary layer's, NoPE": dict(self_layers=half, cross_rope=False),
@@ -40,7 +43,7 @@ def choices(layers: int) -> tuple[dict[str, dict], dict[str, dict]]:
         f"{default}, T = 2": dict(self_layers=half, iterations=2),
         f"{default}, T = 3": dict(self_layers=half, iterations=3),
     }
-    started = {
+    started: Choices = {
         "each layer's own, NoPE": own | dict(cross_rope=False),
         f"{default}, every second cross layer": dict(self_layers=half, cross_from=range(half, layers, 2)),
         f"{default}, every second self layer": dict(self_from=range(0, half, 2), cross_from=range(half, layers)),
@@ -73,7 +76,7 @@ def nats(model, rows: torch.Tensor) -> torch.Tensor:
 def heal(model: YocoUForCausalLM, rows: torch.Tensor, taught: list[torch.Tensor]) -> None:
     """One step for each row (R, N), towards the source's log-probabilities (N, vocab_size)."""
     model.train()
-    settings = dict(lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    settings: dict[str, Any] = dict(lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
     for row, theirs in zip(rows, taught, strict=True):
@@ -118,7 +121,7 @@ def measure(source: Path, text: Path, steps: int, held: int) -> Result:
         model = build(source, **choice)
         cfg = model.config
         layers = f"{cfg.num_self_decoder_layers} + {cfg.num_cross_decoder_layers}"
-        of = {"start": name, "S + C": layers, "T": cfg.num_iterations}
+        of: dict[str, Key] = {"start": name, "S + C": layers, "T": cfg.num_iterations}
         result.add("loss at the start", "nats", nats(model, held_out).tolist(), **of)
         if name in healed:
             heal(model, training, taught)
