@@ -2,6 +2,8 @@
 
 import logging
 import os
+import pkgutil
+import sys
 
 import pytest
 
@@ -13,6 +15,17 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 pytest_plugins = ["harness.tiers", "harness.runners", "harness.figures"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def model_class_is_known():
+    """vLLM would ask a process what the plugin's model can do, by importing itself once more: ten seconds of a core."""
+    if "vllm.config" in sys.modules:
+        from vllm.model_executor.models.registry import ModelRegistry
+
+        from vllm_yocou.registration import ARCHITECTURE, MODEL_CLASS
+
+        ModelRegistry.register_model(ARCHITECTURE, pkgutil.resolve_name(MODEL_CLASS))
 
 
 @pytest.fixture(autouse=True)

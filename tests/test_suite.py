@@ -2,6 +2,7 @@
 
 import gc
 import re
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 from harness import tiers, tiny
 from harness.engines import Engines, generate
 from harness.oracle import agrees
+from vllm.distributed import model_parallel_is_initialized
 
 pytest_plugins = ["pytester"]
 PROMPTS = [tiny.prompt(length) for length in (1, 50)]
@@ -45,9 +47,9 @@ def test_fixtures_decide_the_tier(of_test, expected):
         (item("tmp_path", "engine"), None),
         (item("server"), "server"),
         (item("server", "both_cores"), tiers.BOTH_CORES),
-        (item("engine_processes"), "runner-v1"),
-        (item("engine_processes", own="engine_process, skips", engine_process="v2", skips=True), "runner-v2"),
-        (item("engine_processes", ran="two-ranks"), tiers.BOTH_CORES),
+        (item("engine_processes"), "runner v1"),
+        (item("engine_processes", own="engine_process, skips", engine_process="v2", skips=True), "runner v2"),
+        (item("engine_processes", own="settings", settings={"mode": 0}, ran="two-ranks"), tiers.BOTH_CORES),
         (item("module_engine"), "rows/test_some"),
         (item("module_engine", own="name", name="mixed"), "rows/test_some"),
         (item("module_engine", own="name", name="mixed", served="T1"), "rows/test_some T1"),
@@ -63,10 +65,11 @@ def test_engines_are_started_by_fixtures():
     assert modules and not [path for path in modules if re.search(r"\bLLM\(", path.read_text())]
 
 
-def test_figures_of_every_worker_are_printed(pytester):
+def test_figures_of_every_worker_are_printed(pytester, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     module = "from harness import figures\ndef test_{}(): figures.note({}, 7, 1e-7)"
     pytester.makepyfile(test_a=module.format("a", "1e-6"), test_b=module.format("b", "2e-6"))
-    printed = pytester.runpytest("-p", "harness.figures", "-n", "2", "--dist", "loadgroup").stdout
+    printed = pytester.runpytest_subprocess("-p", "harness.figures", "-n", "2", "--dist", "loadgroup").stdout
     printed.fnmatch_lines(["*served model against the reference*", "*1.0e-06 of *test_a*", "*2.0e-06 of *test_b*"])
 
 
@@ -75,17 +78,20 @@ def test_a_failed_start_leaves_nothing_to_the_next(engine, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="missing: "):
         engine(tmp_path, hf_overrides={"qk_norm": "all"})
+    assert not model_parallel_is_initialized()
     agrees(model, PROMPTS, generate(engine(tmp_path), PROMPTS))
 
 
-def test_an_engine_that_somebody_still_holds_ends_nothing_when_it_is_collected(engine, tmp_path):
-    """As the frames of a failed test hold it."""
+def test_an_engine_that_is_collected_late_takes_nothing_with_it(engine, tmp_path):
+    """As when the frames of a failed test have held it."""
     model = tiny.model(tiny.config())
     model.save_pretrained(tmp_path)
     before = Engines()
     held = before(tmp_path)
     before.stop()
-    llm = engine(tmp_path)
+    llm, alive = engine(tmp_path), weakref.ref(held.llm_engine)
     del held
+    gc.unfreeze()  # vLLM has frozen it with all that was there
     gc.collect()
+    assert alive() is None
     agrees(model, PROMPTS, generate(llm, PROMPTS))

@@ -40,7 +40,8 @@ def note(difference: float, compared: int, rounding: float) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_makereport(item, call):
     if call.when == "call":
-        item.user_properties += [(PROPERTY, figure) for figure in noted]
+        # Plain tuples: pytest-xdist sends nothing else.
+        item.user_properties += [(PROPERTY, tuple(figure)) for figure in noted]
         noted.clear()
 
 

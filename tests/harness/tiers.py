@@ -9,7 +9,7 @@ import pytest
 ENGINE = {"engine", "module_engine", "server", "engine_processes", "starts_vllm", "interpreted"}
 SLOW = {"nightly"}
 # The group of everything that runs two engines or two ranks: one such test at a time.
-BOTH_CORES = "runner-two-ranks"
+BOTH_CORES = "both cores"
 
 
 # Before pytest selects by markers and pytest-xdist reads the groups.
@@ -49,10 +49,11 @@ def group(item: pytest.Item) -> str | None:
     from harness.runners import RUNNERS
 
     used, values = getattr(item, "fixturenames", ()), parameters(item)
-    if "both_cores" in used:
+    runner = next((value for value in values.values() if isinstance(value, str) and value in RUNNERS), "v1")
+    if "both_cores" in used or ("engine_processes" in used and runner == "two-ranks"):
         return BOTH_CORES
     if "engine_processes" in used:
-        return f"runner-{next((value for value in values.values() if value in RUNNERS), 'v1')}"
+        return f"runner {runner}"
     if "server" in used:
         return "server"
     module = f"{item.path.parent.name}/{item.path.stem}"

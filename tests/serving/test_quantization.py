@@ -1,14 +1,17 @@
 """Quantized checkpoints through vLLM's linear layers: the served model is the quantized reference, not just near it."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 from harness import processor, tiny
 from harness.checkout import needs_compiler
 from harness.engines import generate
-from harness.quantized import FORMATS
+from harness.quantized import FORMATS, matrices
 from safetensors.torch import load_file
+from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_yocou.checkpoints.verify import verified
 from vllm_yocou.config import YocoUConfig
@@ -41,38 +44,34 @@ def check(model, reference, outputs, exact: bool) -> None:
     assert differences(reference, LONG, long).median() < differences(model, LONG, long).median() / 3
 
 
-def served_as_quantized(engine, name: str, folder) -> None:
-    """An engine over a checkpoint of a format, at the dtype that this processor wants, is the quantized reference."""
-    model, dtype = tiny.model(tiny.config(qk_norm="all")), FORMATS[name].dtype()
-    reference = FORMATS[name].save(model, folder)
-    check(model, reference, generate(engine(folder, dtype=dtype), [*SHORT, *LONG]), exact=dtype == "float32")
-
-
 @pytest.mark.parametrize("name", FORMATS)
 def test_quantized_checkpoints(name, engine, tmp_path):
-    served_as_quantized(engine, name, tmp_path)
-
-
-def test_int8_in_half_precision(engine, tmp_path, monkeypatch):
-    """As on a processor with AMX, on which vLLM's kernel takes nothing else."""
-    monkeypatch.setattr(processor, "has_amx", lambda: True)
-    served_as_quantized(engine, "compressed-tensors-w8a8", tmp_path)
+    quantized = FORMATS[name]
+    model = tiny.model(tiny.config(qk_norm="all", **quantized.sizes))
+    reference = quantized.save(model, tmp_path)
+    outputs = generate(engine(tmp_path, dtype=quantized.dtype), [*SHORT, *LONG])
+    check(model, reference, outputs, exact=quantized.dtype == "float32")
 
 
 @pytest.mark.parametrize(
-    "amx, avx512, dtype, fp8_caches",
-    [
-        (False, False, "float32", False),
-        (False, True, "float32", True),
-        (True, True, "float16", True),
-        (True, False, "float16", True),
-    ],
+    "width, by_tiles", [(FORMATS["compressed-tensors-w8a8"].sizes["hidden_size"], False), (96, True)]
 )
-def test_what_the_processor_decides(amx, avx512, dtype, fp8_caches, monkeypatch):
-    monkeypatch.setattr(processor, "has_amx", lambda: amx)
-    monkeypatch.setattr(processor, "has_avx512", lambda: avx512)
-    assert FORMATS["compressed-tensors-w8a8"].dtype() == dtype
-    assert processor.reads_fp8_caches() == fp8_caches
+def test_int8_is_left_to_one_kernel_on_every_processor(width, by_tiles, monkeypatch):
+    """With AMX, vLLM's other kernel takes the sizes that tiles divide, and then only half precision."""
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
+    shapes = [linear.weight.shape for linear in matrices(tiny.model(tiny.config(hidden_size=width))).values()]
+    assert any(check_cpu_sgl_kernel(*shape, torch.int8) for shape in shapes) == by_tiles
+
+
+@pytest.mark.parametrize("avx512", [False, True])
+@pytest.mark.parametrize("amx", [False, True])
+def test_the_processor_decides_on_fp8_caches(amx, avx512, monkeypatch):
+    """test_model.py asks as vLLM does, which refuses such a cache elsewhere."""
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr("torch.cpu._is_avx512_supported", lambda: avx512)
+    assert processor.reads_fp8_caches() == (amx or avx512)
+    with nullcontext() if amx or avx512 else pytest.raises(NotImplementedError, match="FP8 KV cache on CPU requires"):
+        _get_attn_isa(torch.float32, 32, 32, "fp8")
 
 
 @needs_compiler
@@ -84,7 +83,7 @@ def test_two_ranks_compiled(engine_process, tmp_path):
     (batch,) = engine_process.run(
         tmp_path,
         [[{"prompt": prompt} for prompt in [*SHORT, *LONG]]],
-        dtype=quantized.dtype(),
+        dtype=quantized.dtype,
         compilation_config={"mode": None},
     )
     check(model, reference, batch.outputs, exact=False)
