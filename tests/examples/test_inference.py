@@ -11,7 +11,7 @@ from harness.checkout import ROOT, TRAINED
 
 from benchmarks.server import user_environment
 
-LIMIT = 12
+LIMIT, FEW = 12, 4  # items of a task
 MODEL_ARGUMENTS = (
     f"pretrained={TRAINED},dtype=float32,max_model_len=2048,max_num_batched_tokens=512,kv_cache_memory_bytes=268435456"
 )
@@ -64,15 +64,11 @@ def test_chat_says_when_there_is_no_server():
     assert lost.stderr.startswith("no server answers at http://127.0.0.1:1/v1: start one with 'make serve'")
 
 
-@pytest.fixture(scope="module")
-def evaluated(starts_vllm, nightly, tmp_path_factory) -> dict:
-    """All tasks of examples/evaluation in one engine start: task -> (results, samples)."""
-    run(sys.executable, "examples/evaluation/fetch.py")
-    folder = tmp_path_factory.mktemp("lm_eval")
-    tasks = ["kjv_next_verse", "kjv_last_word", "piqa_local", "niah_single_1"]
+def evaluate(folder: Path, tasks: list[str], limit: int, model_arguments: str = MODEL_ARGUMENTS) -> dict:
+    """The first `limit` items of tasks in one engine start: task -> (results, samples)."""
     lm_eval = Path(sys.executable).parent / "lm_eval"
-    command = [lm_eval, "--model", "vllm", "--model_args", MODEL_ARGUMENTS, "--include_path", "examples/evaluation"]
-    command += ["--tasks", ",".join(tasks), "--metadata", '{"max_seq_lengths":[512]}', "--limit", str(LIMIT)]
+    command = [lm_eval, "--model", "vllm", "--model_args", model_arguments, "--include_path", "examples/evaluation"]
+    command += ["--tasks", ",".join(tasks), "--metadata", '{"max_seq_lengths":[512]}', "--limit", str(limit)]
     run(*command, "--batch_size", "auto", "--log_samples", "--output_path", folder)
     (results,) = folder.rglob("results_*.json")
     scores = json.loads(results.read_text())["results"]
@@ -80,10 +76,16 @@ def evaluated(starts_vllm, nightly, tmp_path_factory) -> dict:
     return {task: (scores[task], [json.loads(line) for line in samples[task]]) for task in tasks}
 
 
-@pytest.mark.parametrize("task", ["kjv_next_verse", "piqa_local"])
-def test_multiple_choice_scores_are_the_references_log_likelihoods(evaluated, reference, tokenizer, task):
-    scores, samples = evaluated[task]
-    assert len(samples) == LIMIT
+@pytest.fixture(scope="module")
+def evaluated(starts_vllm, nightly, tmp_path_factory) -> dict:
+    """All tasks of examples/evaluation."""
+    run(sys.executable, "examples/evaluation/fetch.py")
+    tasks = ["kjv_next_verse", "kjv_last_word", "piqa_local", "niah_single_1"]
+    return evaluate(tmp_path_factory.mktemp("lm_eval"), tasks, LIMIT)
+
+
+def check_choices(scores: dict, samples: list[dict], reference, tokenizer) -> None:
+    """Each choice's log likelihood is the reference's, and the accuracy follows from them."""
     right = 0
     for sample in samples:
         ours = []
@@ -96,18 +98,38 @@ def test_multiple_choice_scores_are_the_references_log_likelihoods(evaluated, re
             ours.append(sum(rows[position - 1, tokens[position]].item() for position in range(start, len(tokens))))
             assert abs(ours[-1] - float(response[0][0])) < 1e-2
         right += ours.index(max(ours)) == int(sample["target"])
-    assert scores["acc,none"] == pytest.approx(right / LIMIT)
+    assert scores["acc,none"] == pytest.approx(right / len(samples))
 
 
-def test_generation_tasks_score_what_the_reference_generates(evaluated, reference, tokenizer):
-    scores, samples = evaluated["kjv_last_word"]
+def check_words(scores: dict, samples: list[dict], reference, tokenizer) -> None:
+    """Each answer is what the reference generates, and the score follows from them."""
     for sample in samples:
         tokens = tokenizer(sample["arguments"]["gen_args_0"]["arg_0"], return_tensors="pt")
         generated = reference.generate(**tokens, max_new_tokens=8, do_sample=False)[0, tokens.input_ids.shape[1] :]
         expected = tokenizer.decode(generated, skip_special_tokens=True).split("\n")[0]
         assert sample["resps"][0][0] == expected
     right = sum(sample["filtered_resps"][0].lower() == sample["target"].lower() for sample in samples)
-    assert scores["exact_match,first-word"] == pytest.approx(right / LIMIT)
+    assert scores["exact_match,first-word"] == pytest.approx(right / len(samples))
+
+
+def test_a_few_items_of_a_choice_and_of_a_generation(starts_vllm, reference, tokenizer, tmp_path):
+    tasks = evaluate(tmp_path, ["kjv_next_verse", "kjv_last_word"], FEW, MODEL_ARGUMENTS + ",enforce_eager=True")
+    assert all(len(samples) == FEW for _, samples in tasks.values())
+    check_choices(*tasks["kjv_next_verse"], reference, tokenizer)
+    check_words(*tasks["kjv_last_word"], reference, tokenizer)
+
+
+@pytest.mark.parametrize("task", ["kjv_next_verse", "piqa_local"])
+def test_multiple_choice_scores_are_the_references_log_likelihoods(evaluated, reference, tokenizer, task):
+    scores, samples = evaluated[task]
+    assert len(samples) == LIMIT
+    check_choices(scores, samples, reference, tokenizer)
+
+
+def test_generation_tasks_score_what_the_reference_generates(evaluated, reference, tokenizer):
+    scores, samples = evaluated["kjv_last_word"]
+    assert len(samples) == LIMIT
+    check_words(scores, samples, reference, tokenizer)
     retrieval, samples = evaluated["niah_single_1"]
     found = sum(all(needle in sample["resps"][0][0] for needle in sample["doc"]["outputs"]) for sample in samples)
     assert len(samples) == LIMIT and retrieval["512,none"] == pytest.approx(found / LIMIT)
