@@ -41,7 +41,8 @@ assert after[0].pop(ARCHITECTURE) and after[1].pop(ARCHITECTURE)
 assert before == after
 assert not torch.cuda.is_initialized()
 ours = {name for name in sys.modules if name.startswith("vllm_yocou")}
-expected = {"registration", "config", "options", "rope", "serving", "serving.engine_settings"}
+expected = {"registration", "architecture", "config", "config_keys", "options", "rope", "workarounds"}
+expected |= {"serving", "serving.engine_settings"}
 assert ours == {"vllm_yocou"} | {f"vllm_yocou.{name}" for name in expected}, ours
 assert not {name for name in set(sys.modules) - loaded if "modeling_" in name}
 """

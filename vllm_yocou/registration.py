@@ -45,9 +45,9 @@ def _register() -> None:
     from vllm.model_executor.models.registry import ModelRegistry
 
     from vllm_yocou.config import YocoUConfig
-    from vllm_yocou.serving.engine_settings import YocoUEngineConfig
+    from vllm_yocou.serving.engine_settings import YocoUEngineSettings
 
     AutoConfig.register(YocoUConfig.model_type, YocoUConfig, exist_ok=True)
-    MODELS_CONFIG_MAP[ARCHITECTURE] = YocoUEngineConfig
+    MODELS_CONFIG_MAP[ARCHITECTURE] = YocoUEngineSettings
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS)

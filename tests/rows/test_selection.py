@@ -1,13 +1,12 @@
-"""Which rows run, against a loop that says it in words; and what is known of requests that come, move and go."""
+"""Which rows run, against a loop that says it in words."""
 
 import random
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from vllm import SamplingParams
 
-from vllm_yocou.rows.selection import RequestTable, select_rows, why_all_rows
+from vllm_yocou.rows.selection import select_rows, why_all_rows
 
 
 def in_words(requests: list[dict]) -> tuple[list[int], list[int]]:
@@ -48,22 +47,6 @@ def test_against_words():
         rows, counts = in_words(requests)
         assert selected.rows_M.tolist() == rows and selected.rows_M.dtype == np.int64
         assert np.diff(selected.query_start_loc).tolist() == counts and selected.query_start_loc.dtype == np.int32
-
-
-def test_the_table_follows_the_runner():
-    table = RequestTable(4)
-    assert not table.filled
-    table.add(0, SamplingParams(), 10)
-    table.add(1, SamplingParams(prompt_logprobs=0), 11)
-    table.add(2, SamplingParams(prompt_logprob_token_ids=[[1, 2]]), 12)
-    table.add(3, None, 0)
-    assert table.wants_prompt.tolist() == [False, True, True, False]
-    table.swap(0, 1)
-    table.move(2, 3)
-    assert table.wants_prompt.tolist() == [True, False, True, True]
-    assert table.prefill_length.tolist() == [11, 10, 12, 12]
-    table.add(0, SamplingParams(), 5)
-    assert not table.wants_prompt[0] and table.prefill_length[0] == 5
 
 
 def settings(**changed) -> SimpleNamespace:

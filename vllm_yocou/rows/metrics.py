@@ -46,16 +46,16 @@ class RowCounters:
 
     def __init__(self, vllm_config: "VllmConfig"):
         names = ["model_name", "engine"]
-        values = [vllm_config.model_config.served_model_name, str(vllm_config.parallel_config.data_parallel_index)]
+        values = [str(vllm_config.model_config.served_model_name), str(vllm_config.parallel_config.data_parallel_index)]
         self.keys = [mmap_key(name, f"{name}_total", names, values, text) for name, text in HELP.items()]
         self.totals = [0, 0, 0]
+        self.file: MmapedDict | None = None
         where, instance = directory(vllm_config), vllm_config.instance_id.replace("_", "-")
         try:
             where.mkdir(mode=0o700, exist_ok=True)
             # One file for each engine of a process; vLLM's own counters may live in `counter_<pid>.db` there.
             self.file = MmapedDict(str(where / f"counter_yocou-{instance}-{os.getpid()}.db"))
         except OSError as error:
-            self.file = None
             logger.warning("YOCO-U's row counters are not on /metrics, %s cannot be written: %s.", where, error)
 
     def count(self, self_decoder: int, cross_decoder: int) -> None:

@@ -3,7 +3,8 @@
 A row is one token of one request in one step. The self-decoder runs all rows and writes the global KV cache for all of
 them; a row's way through the cross-decoder ends in its own logits and nowhere else. This file alone decides which rows
 run: those whose logits someone reads, and always the last ones of a request's rows, so that a causal attention kernel
-that aligns queries with the end of the context needs no change.
+that aligns queries with the end of the context needs no change. What it reads and what becomes of its answer is in
+hand_over.py.
 """
 
 from dataclasses import dataclass
@@ -13,39 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm_yocou.options import Options
+from vllm_yocou.rows.hand_over import RequestTable
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
-
-
-class RequestTable:
-    """What the selection knows of each running request, by the index that the model runner gives it.
-
-    A hook of the runner fills it. Until the hook has said so (`filled`), nobody knows who wants prompt log
-    probabilities, and every row runs.
-    """
-
-    def __init__(self, capacity: int):
-        self.filled = False
-        self.wants_prompt = np.zeros(capacity, dtype=bool)
-        self.prefill_length = np.zeros(capacity, dtype=np.int64)
-
-    def add(self, index: int, params: "SamplingParams | None", prefill_length: int) -> None:
-        """`prefill_length`: tokens before the first that is sampled; 0, where unknown, makes every row run."""
-        self.wants_prompt[index] = params is not None and (
-            params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
-        )
-        self.prefill_length[index] = prefill_length
-
-    def move(self, source: int, target: int) -> None:
-        for column in (self.wants_prompt, self.prefill_length):
-            column[target] = column[source]
-
-    def swap(self, one: int, other: int) -> None:
-        for column in (self.wants_prompt, self.prefill_length):
-            column[[one, other]] = column[[other, one]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +54,7 @@ def select_rows(
         is_prefilling: (R,) bool, whether the step began inside the request's prompt.
         wants_prompt, prefill_lengths: (R,) from the request table.
 
-    A chunk that does not reach the end of its prefill sends no row: the token sampled there is thrown away. Rows behind
+    A chunk that does not reach the end of its prefill sends no row: the token sampled there is thrown away. Rows after
     the last prefill token are drafts, which vLLM may schedule in the step that ends a prefill.
     """
     scheduled = np.diff(query_start_loc)
@@ -109,9 +82,10 @@ class RowSelector:
         # Decodes alone: nothing to skip, and what CUDA graphs replay has to stay what they captured.
         if batch.max_query_len <= self.longest_decode or not (self.may_skip and self.requests.filled):
             return None
+        assert batch.is_prefilling is not None and batch.seq_lens_cpu_upper_bound is not None  # both runners give them
         # V2's batches name each request's index in its table, V1's batches are that table.
         index = np.arange(len(batch.is_prefilling)) if batch.req_idx is None else batch.req_idx
-        real = len(index)  # requests behind them are padding
+        real = len(index)  # requests after them are padding
         selected = select_rows(
             batch.query_start_loc_cpu[: real + 1].numpy(),
             # Exact for requests in prefill, and only theirs are compared.

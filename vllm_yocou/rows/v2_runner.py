@@ -6,11 +6,14 @@ from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from vllm_yocou.rows.hand_over import row_slots
+
 
 class YocoUModelState(DefaultModelState):
     def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache, device: torch.device):
         super().__init__(vllm_config, model, encoder_cache, device)
-        self.requests = model.model.global_kv.cache.requests
+        (slots,) = row_slots(vllm_config)
+        self.requests = slots.requests
         self.requests.filled = True
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:

@@ -10,19 +10,23 @@ from functools import cache
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.config.cache import CacheDType
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
+    AttentionMetadata,
     CommonAttentionMetadata,
     MultipleOf,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.kv_cache_interface import KVCacheLayout
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
+from vllm_yocou.rows.hand_over import StepRows, row_slots
 from vllm_yocou.rows.metrics import RowCounters
 from vllm_yocou.rows.selection import RowSelector, SelectedRows
+from vllm_yocou.workarounds import check_cache_dtype
 
 # vLLM's backends that this plugin builds on, and the KV layouts in which it runs them. The CPU's kernel reads
 # head-major pages and takes the stride between blocks from the tensor; CUDA's take any layout.
@@ -34,7 +38,7 @@ LAYOUTS = {
 
 
 def served_backend(
-    selected: type[AttentionBackend], chosen_by_user: bool, cache_dtype: str = "auto"
+    selected: type[AttentionBackend], chosen_by_user: bool, cache_dtype: CacheDType = "auto"
 ) -> type[AttentionBackend]:
     """The backend of vLLM's to build on: its own selection, or Triton's where that selection cannot be built on.
 
@@ -49,12 +53,7 @@ def served_backend(
                 f"for {', '.join(LAYOUTS)} only, choose one of these."
             )
         base = AttentionBackendEnum.TRITON_ATTN.get_class()
-    # vLLM's CPU platform does not ask: its kernels would read such a cache as something else.
-    if not base.supports_kv_cache_dtype(cache_dtype):
-        raise ValueError(
-            f"--kv-cache-dtype {cache_dtype} cannot be used with the attention backend {base.get_name()}: its kernels "
-            f"read {', '.join(base.supported_kv_cache_dtypes)}, choose one of these."
-        )
+    check_cache_dtype(base, cache_dtype)
     return base
 
 
@@ -63,21 +62,25 @@ def packed_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
     """`base` over block-outermost KV memory, for the window caches."""
     name = f"YOCOU_{base.get_name()}"
     layouts = LAYOUTS[base.get_name()]
-    backend = type(
-        f"Packed{base.__name__}",
-        (base,),
-        {
-            "__module__": __name__,
-            "get_name": staticmethod(lambda: name),
-            "supported_kv_cache_layouts": classmethod(lambda cls: layouts),
-            # Row selection reads the host's query lengths.
-            "supports_device_cpu_query_lens_mismatch": classmethod(lambda cls: False),
-        },
-    )
+
+    class Packed(base):  # type: ignore[misc, valid-type]  # which of vLLM's it is, the machine decides
+        @staticmethod
+        def get_name() -> str:
+            return name
+
+        @classmethod
+        def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+            return layouts
+
+        @classmethod
+        def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+            return False  # row selection reads the host's query lengths
+
+    _name_class(Packed, f"Packed{base.__name__}")
     if name not in AttentionBackendEnum.__members__:
-        AttentionBackendEnum.register(name, f"{__name__}.{backend.__name__}")
-        globals()[backend.__name__] = backend  # what the registered path names
-    return backend
+        AttentionBackendEnum.register(name, f"{__name__}.{Packed.__name__}")
+        globals()[Packed.__name__] = Packed  # vLLM imports a registered backend by its path
+    return Packed
 
 
 @cache
@@ -87,14 +90,36 @@ def row_selecting_backend(base: type[AttentionBackend], kernels: bool = False) -
     With `kernels`, its implementation leaves the steps that they are made for to the plugin's kernels.
     """
     packed = packed_backend(base)
-    builder = type(f"RowSelecting{packed.get_builder_cls().__name__}", (RowSelecting, packed.get_builder_cls()), {})
-    answers = {"__module__": __name__, "get_builder_cls": staticmethod(lambda: builder)}
+
+    class Builder(RowSelecting, packed.get_builder_cls()):  # type: ignore[misc]  # known at run time, as above
+        pass
+
+    implementation = base.get_impl_cls()
     if kernels:
         from vllm_yocou.serving.fused_attention import CrossAttentionByKernel  # not before: it wants Triton
 
-        implementation = type(f"{base.__name__}ByKernel", (CrossAttentionByKernel, base.get_impl_cls()), {})
-        answers["get_impl_cls"] = staticmethod(lambda: implementation)
-    return type(f"RowSelecting{base.__name__}", (packed,), answers)
+        class ByKernel(CrossAttentionByKernel, implementation):  # type: ignore[misc, valid-type]  # as above
+            pass
+
+        implementation = _name_class(ByKernel, f"{base.__name__}ByKernel")
+
+    class Selecting(packed):  # type: ignore[misc, valid-type]  # as above
+        @staticmethod
+        def get_builder_cls() -> type:
+            return Builder
+
+        @staticmethod
+        def get_impl_cls() -> type:
+            return implementation
+
+    _name_class(Builder, f"RowSelecting{packed.get_builder_cls().__name__}")
+    return _name_class(Selecting, f"RowSelecting{base.__name__}")
+
+
+def _name_class(made: type, name: str) -> type:
+    """Name a class of a factory for what it is made of, so that logs and tracebacks tell them apart."""
+    made.__name__ = made.__qualname__ = name
+    return made
 
 
 def smallest_block(backend: type[AttentionBackend]) -> int:
@@ -104,47 +129,44 @@ def smallest_block(backend: type[AttentionBackend]) -> int:
 
 
 class RowSelecting:
-    """Mixed into a metadata builder: builds for the selected rows and says which these are.
+    """Mixed into a metadata builder: builds for the selected rows, and puts down which these are in `RowSlots`."""
 
-    The metadata gets two attributes: `selected_rows_M`, (M,) int64 on the device, or None when all rows run, and
-    `most_rows`, how many the request has that has the most of them.
-    """
-
-    def __init__(self, kv_cache_spec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        (name,) = layer_names
-        cache = vllm_config.compilation_config.static_forward_context[name]
-        self.selector = RowSelector(vllm_config, cache.requests)
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]  # a builder's
+        (self.slots,) = row_slots(vllm_config)
+        self.selector = RowSelector(vllm_config, self.slots.requests)
         self.counters = RowCounters(vllm_config) if get_tensor_model_parallel_rank() == 0 else None
         self.capturing = False
 
     @classmethod
-    def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
         # A graph of a mixed batch would be captured with all rows; those of decodes never leave any out.
-        supported = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        supported = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]  # a builder's
         return min(supported, AttentionCGSupport.UNIFORM_BATCH, key=lambda support: support.value)
 
-    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False):
-        selected = self.selector.select(common_attn_metadata)
-        if selected is not None and len(selected.rows_M):
-            reduced = reduce_metadata(common_attn_metadata, selected)
-        else:
-            reduced = common_attn_metadata  # with no row selected, no layer reads it
-        metadata = super().build(common_prefix_len, reduced, fast_build)
-        metadata.selected_rows_M = None
-        metadata.most_rows = common_attn_metadata.max_query_len
-        if selected is not None:
-            metadata.selected_rows_M = async_tensor_h2d(selected.rows_M, device=self.device)
-            metadata.most_rows = int(selected.queries_R.max())
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> AttentionMetadata:
+        batch, rows = common_attn_metadata, int(common_attn_metadata.query_start_loc_cpu[-1])
+        selected = self.selector.select(batch)
+        # With no row selected, no layer reads the metadata.
+        reduced = reduce_metadata(batch, selected) if selected is not None and len(selected.rows_M) else batch
+        metadata = super().build(common_prefix_len, reduced, fast_build)  # type: ignore[misc]  # a builder's
+        self.slots.put(metadata, None if selected is None else self.on_device(selected))
         if self.counters is not None and not self.capturing:
-            rows = int(common_attn_metadata.query_start_loc_cpu[-1])
             self.counters.count(rows, rows if selected is None else len(selected.rows_M))
         return metadata
 
-    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata):
+    def on_device(self, selected: SelectedRows) -> StepRows:
+        rows_M = async_tensor_h2d(selected.rows_M, device=self.device)  # type: ignore[attr-defined]  # a builder's
+        return StepRows(rows_M, int(selected.queries_R.max()))
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> AttentionMetadata:
         self.capturing = True
         try:
-            return super().build_for_cudagraph_capture(common_attn_metadata)
+            return super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]  # a builder's
         finally:
             self.capturing = False
 

@@ -4,6 +4,8 @@ Both are vLLM `Attention` layers, so its runners bind their memory and build the
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -13,20 +15,28 @@ from vllm.model_executor.layers.attention.attention import unified_attention_wit
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.selector import get_attn_backend
-from vllm.v1.kv_cache_interface import KVCacheSpec, get_kv_quant_mode
+from vllm.v1.kv_cache_interface import AttentionSpec, get_kv_quant_mode
 
 from vllm_yocou.options import Options
-from vllm_yocou.rows.selection import RequestTable
-from vllm_yocou.serving.backend import packed_backend, row_selecting_backend, served_backend
+from vllm_yocou.rows.hand_over import RowOwner, RowSlots, StepRows
+from vllm_yocou.serving.backend import packed_backend, row_selecting_backend, served_backend, smallest_block
 from vllm_yocou.serving.packing import GlobalCacheSpec, Packing, WindowCacheSpec
 
 WINDOW_ATTENTION = "vllm::yocou_attend_windows"
 
 
-class CachedAttention(Attention):
+class Cache(Attention):
     """What the two caches share: the backend, and a spec of their own instead of vLLM's choice of block size."""
 
-    def __init__(self, vllm_config: VllmConfig, num_heads, head_size, num_kv_heads, window=None, **kwargs):
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        num_heads: int,
+        head_size: int,
+        num_kv_heads: int,
+        window: int | None = None,
+        **kwargs: Any,
+    ):
         cache_config = vllm_config.cache_config
         selected = get_attn_backend(
             head_size, torch.get_default_dtype(), cache_config.cache_dtype, has_sliding_window=window is not None
@@ -43,9 +53,8 @@ class CachedAttention(Attention):
             attn_backend=self.backend_over(base, kernels),
             **kwargs,
         )
-        # Our kernels read and write what the model computes with.
+        # The plugin's kernels read and write the dtype that the model computes in.
         self.by_kernel = kernels and self.kv_cache_torch_dtype == torch.get_default_dtype()
-        self.packing: Packing | None = None
 
     @staticmethod
     def backend_over(base: type[AttentionBackend], kernels: bool) -> type[AttentionBackend]:
@@ -62,10 +71,10 @@ class CachedAttention(Attention):
             q_NHd if self.query_quant is None else self.query_quant(q_NHd.flatten(1), self._q_scale)[0].view_as(q_NHd)
         )
 
-    def spec(self, block_size: int) -> KVCacheSpec:
+    def spec(self, block_size: int) -> AttentionSpec:
         raise NotImplementedError
 
-    def spec_arguments(self) -> dict:
+    def spec_arguments(self) -> dict[str, Any]:
         return dict(
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
@@ -75,53 +84,66 @@ class CachedAttention(Attention):
         )
 
 
-class WindowAttention(CachedAttention):
-    """Owns the window cache of one (iteration, layer); `attend_windows` writes and reads it.
+@dataclass(frozen=True)
+class Loop:
+    """The window caches of one stored layer, shared by all of them.
 
-    The one of the first iteration lists the names of its layer's caches, by iteration, in `iterations`. If it has a
-    `step`, that one takes queries and keys as they are projected, and norms and rotates them as well.
+    Attributes:
+        names: of the caches in vLLM's forward context, by iteration.
+        step: takes the place of vLLM's write and attention where a cache is `by_kernel`: from (name, q_NHd, k_NKd,
+            v_NKd, out_NHd) as they are projected, it also norms and rotates queries and keys.
     """
 
-    iterations: list[str]
-    step: Callable[..., None] | None = None
+    names: list[str]
+    step: Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
+
+
+class WindowCache(Cache):
+    """Owns the window cache of one (iteration, layer); `attend_windows` writes and reads it."""
+
+    sliding_window: int
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, loop: Loop, **kwargs: Any):
+        super().__init__(vllm_config, *args, **kwargs)
+        self.loop = loop
 
     def spec(self, block_size: int) -> WindowCacheSpec:
         return WindowCacheSpec(block_size=block_size, sliding_window=self.sliding_window, **self.spec_arguments())
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> WindowCacheSpec:
-        return self.spec(self.packing.window_block)
+        return self.spec(packing_of(vllm_config).window_block)
 
 
-class GlobalAttention(CachedAttention):
+class GlobalCache(Cache, RowOwner):
     """The global KV cache: written once per token by the global-KV module, read by every cross-decoder layer.
 
     Writing and reading are separate calls of vLLM's own ops. The op that writes declares no mutation, so a compiler may
     delete or reorder it unless its result is used: `write` returns a token that every `attend` takes.
     """
 
-    def __init__(self, vllm_config: VllmConfig, *args, **kwargs):
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any):
         super().__init__(vllm_config, *args, **kwargs)
-        self.requests = RequestTable(vllm_config.scheduler_config.max_num_seqs)
+        self.rows = RowSlots(vllm_config.scheduler_config.max_num_seqs)
 
     @staticmethod
     def backend_over(base: type[AttentionBackend], kernels: bool) -> type[AttentionBackend]:
         return row_selecting_backend(base, kernels)
 
-    def selected_rows(self) -> torch.Tensor | None:
-        """(M,) int64, the rows of this step that `attend` takes, ascending; None if it takes all."""
+    def step_rows(self) -> StepRows | None:
+        """The rows of this step that `attend` takes; None if it takes all."""
         metadata = get_forward_context().attn_metadata
         if isinstance(metadata, list):  # as vLLM's attention op reads it
             metadata = metadata[0]
-        return None if metadata is None else metadata[self.layer_name].selected_rows_M
+        return None if metadata is None else self.rows.of(metadata[self.layer_name])
 
     def spec(self, block_size: int) -> GlobalCacheSpec:
         return GlobalCacheSpec(block_size=block_size, **self.spec_arguments())
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> GlobalCacheSpec:
-        return self.spec(self.packing.global_block)
+        return self.spec(packing_of(vllm_config).global_block)
 
     def write(self, k_NX: torch.Tensor, v_NX: torch.Tensor) -> torch.Tensor:
-        """Store keys and values (N, Kc · dc); returns the empty tensor that orders the reads behind it."""
+        """Store keys and values (N, Kc · dc); returns the empty tensor that orders the reads after it."""
         k_NKd = k_NX.view(-1, self.num_kv_heads, self.head_size)
         v_NKd = v_NX.view(-1, self.num_kv_heads, self.head_size_v)
         return torch.ops.vllm.unified_kv_cache_update(k_NKd, v_NKd, _encode_layer_name(self.layer_name))
@@ -140,6 +162,26 @@ class GlobalAttention(CachedAttention):
         return output_MX
 
 
+def window_caches(vllm_config: VllmConfig) -> list[WindowCache]:
+    """Those that the model has built."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    return [layer for layer in layers if isinstance(layer, WindowCache)]
+
+
+def packing_of(vllm_config: VllmConfig) -> Packing:
+    """How the caches that the model has built share the blocks of one pool."""
+    windows = window_caches(vllm_config)
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    (global_cache,) = (layer for layer in layers if isinstance(layer, GlobalCache))
+    return Packing.choose(
+        window_caches=len(windows),
+        block=smallest_block(global_cache.attn_backend),
+        window_bytes=windows[0].token_bytes,
+        global_bytes=global_cache.token_bytes,
+        max_global_block=Options.of(vllm_config.additional_config).max_global_block,
+    )
+
+
 def attend_windows(
     q_NHd: torch.Tensor,
     k_NKd: torch.Tensor,
@@ -151,21 +193,31 @@ def attend_windows(
     """Write this step's keys and values into the window cache of (iteration, layer) and attend over it, into `out_NHd`.
 
     One pass through the self-decoder is compiled once and called T times, so which cache it means must be data: a
-    Python integer would be the first iteration's for ever, since vLLM drops the guards that would notice. `iteration`
-    is a scalar on the CPU, read here, outside every graph; `layer_name` is the first iteration's.
+    Python integer would stay the first iteration's permanently, since vLLM drops the guards that would notice.
+    `iteration` is a scalar on the CPU, read here, outside every graph; `layer_name` is that of any cache of the layer,
+    the same in every call.
     """
     layers = get_forward_context().no_compile_layers
-    first = layers[_resolve_layer_name(layer_name)]
-    name = first.iterations[int(iteration)]
-    if first.step is not None:
-        first.step(name, q_NHd, k_NKd, v_NKd, out_NHd)
+    loop: Loop = layers[_resolve_layer_name(layer_name)].loop
+    name = loop.names[int(iteration)]
+    cache: WindowCache = layers[name]
+    if cache.by_kernel:
+        assert loop.step is not None
+        loop.step(name, q_NHd, k_NKd, v_NKd, out_NHd)
         return
-    q_NHd = layers[name].quantized(q_NHd)
+    q_NHd = cache.quantized(q_NHd)
     written = unified_kv_cache_update(k_NKd, v_NKd, name)
     unified_attention_with_output(q_NHd, k_NKd, v_NKd, out_NHd, name, kv_cache_dummy_dep=written)
 
 
-def attend_windows_fake(q_NHd, k_NKd, v_NKd, out_NHd, iteration, layer_name) -> None:
+def attend_windows_fake(
+    q_NHd: torch.Tensor,
+    k_NKd: torch.Tensor,
+    v_NKd: torch.Tensor,
+    out_NHd: torch.Tensor,
+    iteration: torch.Tensor,
+    layer_name: LayerNameType,
+) -> None:
     return None
 
 

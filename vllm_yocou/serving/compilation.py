@@ -1,11 +1,12 @@
 """Two units are compiled, each once: a pass through the self-decoder, called T times a step, and the cross-decoder.
 
-vLLM drops the guards of compiled code, so whatever differs between two calls of a unit must reach it as a tensor.
+vLLM drops the guards of compiled code, so whatever differs between two calls of a unit must reach it as a tensor. Its
+key of compiled code holds the model's config without T (`YocoUConfig.uuid`), since a unit knows nothing of T.
 """
 
-from collections.abc import Callable
-from contextlib import contextmanager
-from unittest.mock import patch
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 
 from vllm_yocou.serving.caches import WINDOW_ATTENTION
+from vllm_yocou.workarounds import loading_of_saved_code
 
 
 def prepare_cuda_graphs(compilation_config: CompilationConfig) -> None:
@@ -44,7 +46,7 @@ def warmed_up_by_one_pass(vllm_config: VllmConfig) -> bool:
 
 
 @contextmanager
-def without_piecewise_graphs():
+def without_piecewise_graphs() -> Iterator[None]:
     """For a call of a unit with fewer rows than the step has: vLLM finds piecewise graphs by the step's rows."""
     context = get_forward_context()
     before = context.cudagraph_runtime_mode
@@ -56,42 +58,22 @@ def without_piecewise_graphs():
 
 
 def compiled_unit(**dynamic_dims: int) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """vLLM's `support_torch_compile`, whose ahead-of-time cache serves every T, and loads on a CPU too.
-
-    For the length of a unit's first call, two things are other than they are:
-
-    - `num_iterations` is 0. vLLM's key of compiled code takes in the whole config, but a unit knows nothing of T.
-    - Torch's loader gives what it loads a `finalize_loading`. vLLM calls that on all compiled code and only its own
-      backend's has one, so in the mode that a CPU has vLLM 0.32 would refuse what it saved, and compile in every start.
+    """vLLM's `support_torch_compile`, whose ahead-of-time cache loads on a CPU too.
 
     Args:
         dynamic_dims: for each tensor argument of `forward` with rows, the dimension that counts them.
     """
 
-    def decorate(cls: type[nn.Module]) -> type[nn.Module]:
-        cls = support_torch_compile(dynamic_arg_dims=dynamic_dims)(cls)
-        vllm_call = cls.__call__
+    def decorate(unit: type[nn.Module]) -> type[nn.Module]:
+        unit = support_torch_compile(dynamic_arg_dims={**dynamic_dims})(unit)
+        vllm_call = unit.__call__
 
-        def __call__(self, *args):
+        def __call__(self: Any, *args: torch.Tensor) -> torch.Tensor:
             later = self.do_not_compile or self.compiled or getattr(self, "aot_compiled_fn", None) is not None
-            if later:
-                return vllm_call(self, *args)
-            with (
-                patch.object(self.vllm_config.model_config.hf_config, "num_iterations", 0),
-                patch.object(torch.compiler, "load_compiled_function", load_compiled_function),
-            ):
+            with nullcontext() if later else loading_of_saved_code():
                 return vllm_call(self, *args)
 
-        cls.__call__ = __call__
-        return cls
+        unit.__call__ = __call__  # type: ignore[method-assign]  # as vllm's own decorator does
+        return unit
 
     return decorate
-
-
-def load_compiled_function(*args, load=torch.compiler.load_compiled_function, **kwargs):
-    """Torch's loader of saved compiled code, for vLLM, which asks the code to finish loading."""
-    loaded = load(*args, **kwargs)
-    code = loaded._artifacts.compiled_fn
-    if not hasattr(code, "finalize_loading"):
-        code.finalize_loading = lambda vllm_config: None
-    return loaded

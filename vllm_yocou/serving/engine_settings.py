@@ -1,20 +1,22 @@
-"""Engine settings under which YOCO-U would compute something wrong end here, in one sentence, before a start.
+"""Refuses engine settings that would make YOCO-U compute wrong results, before the engine starts, and adjusts some.
 
-vLLM runs this hook for YOCO-U models only, in the process that parses the command line.
+Three lists at the end say what is refused, what is adjusted and what is wired into vLLM, in that order. vLLM runs this
+hook for YOCO-U models only, in the process that parses the command line.
 """
 
 import logging
 import os
 import sysconfig
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_yocou.options import Options
+from vllm_yocou.workarounds import refuse_expert_parallel
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
     from vllm_yocou.config import YocoUConfig
 
@@ -28,80 +30,24 @@ CHUNK = 1024
 logger = logging.getLogger("vllm.plugins.yocou")
 
 
-class YocoUEngineConfig(VerifyAndUpdateConfig):
-    @staticmethod
-    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
-        config = model_config.hf_config
-        if model_config.disable_sliding_window:
-            raise ValueError(
-                "--disable-sliding-window cannot be used with YOCO-U: its self-decoder was trained with a window of a "
-                "fixed size, leave the flag out."
-            )
-        config.check()  # once more: overrides given as a function bypass YocoUConfig.update
-
-    @staticmethod
-    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
-        from vllm.platforms import current_platform
-
-        from vllm_yocou.rows import metrics as row_metrics
-        from vllm_yocou.rows import v1_runner
-
-        _look_at_weights(vllm_config)
-        parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
-        _check_shards(vllm_config.model_config.hf_config, parallel)
-        if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-            raise ValueError(
-                "context parallelism cannot be used with YOCO-U: its window caches are not sharded over positions, "
-                "use --tensor-parallel-size."
-            )
-        if speculative is not None and speculative.method not in SPECULATIVE_METHODS:
-            raise ValueError(
-                f"speculative decoding by '{speculative.method}' cannot be used with YOCO-U: no draft model shares its "
-                "packed KV cache, use 'ngram' or leave it out."
-            )
-        if vllm_config.cache_config.kv_sharing_fast_prefill:
-            raise ValueError(
-                "--kv-sharing-fast-prefill cannot be used with YOCO-U: its cross-decoder has no KV-sharing layers in "
-                "vLLM's sense, leave the flag out."
-            )
-        # vLLM's list of expert layers, in the order of their calls, is made for one call a layer and step.
-        vllm_config.compilation_config.fast_moe_cold_start = False
-        if vllm_config.model_config.hf_config.is_moe and current_platform.is_cpu():
-            _check_experts_on_cpu(vllm_config)
-        _check_kernels(vllm_config)
-        _check_compilation(vllm_config)
-        _choose_chunk(vllm_config)
-        row_metrics.expose(vllm_config)
-        model_config = vllm_config.model_config
-        if model_config.runner_type == "generate" and speculative is None and not vllm_config.use_v2_model_runner:
-            # vLLM refuses such classes everywhere else. With one, its V1 runner keeps output tokens for every request.
-            model_config.logits_processors = [*(model_config.logits_processors or ()), v1_runner.NAME]
-        if speculative is not None and not vllm_config.use_v2_model_runner and current_platform.is_cpu():
-            logger.warning(
-                "A request with a seed and temperature above 0 ends vLLM's CPU engine if its prompt takes several "
-                "chunks, and is not refused under speculative decoding: leave the seed out."
-            )
-
-
-def _look_at_weights(vllm_config: "VllmConfig") -> None:
-    """Their files must be whole; and they alone may say whether a shared expert is gated."""
-    from vllm_yocou.checkpoints.format import check_files
-    from vllm_yocou.reference.feed_forward import has_shared_expert_gate
+def check_files(vllm_config: "VllmConfig") -> None:
+    """The files of weights must be whole, where there are any."""
+    from vllm_yocou.checkpoints.verify import check_files
 
     model_config = vllm_config.model_config
     # Random weights need no files, and those in object storage lie elsewhere.
     if vllm_config.load_config.load_format != "dummy" and not model_config.model_weights:
         check_files(Path(model_config.model))
-    if model_config.hf_config.leaves_gate_to_weights:
-        model_config.hf_config.shared_expert_gate = has_shared_expert_gate(model_config.model)
 
 
-def _check_shards(config: "YocoUConfig", parallel: "ParallelConfig") -> None:
+def check_shards(vllm_config: "VllmConfig") -> None:
     """Ranks split heads and feed-forward.
 
     Experts are split over ranks whole where expert parallelism is on, otherwise each one's width, over data-parallel
     ranks too.
     """
+    config = cast("YocoUConfig", vllm_config.model_config.hf_config)
+    parallel = vllm_config.parallel_config
     ranks = parallel.tensor_parallel_size
     config.check_ranks(ranks)
     split = {"intermediate_size": ranks}
@@ -120,15 +66,40 @@ def _check_shards(config: "YocoUConfig", parallel: "ParallelConfig") -> None:
             )
 
 
-def _check_experts_on_cpu(vllm_config: "VllmConfig") -> None:
-    """What vLLM 0.32 does with a mixture of experts on GPUs alone."""
+def check_context_parallel(vllm_config: "VllmConfig") -> None:
     parallel = vllm_config.parallel_config
-    if parallel.enable_expert_parallel:
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         raise ValueError(
-            "--enable-expert-parallel cannot be used on a CPU: vLLM's CPU kernels do not pass over tokens of other "
-            "ranks' experts, leave the flag out."
+            "context parallelism cannot be used with YOCO-U: its window caches are not sharded over positions, "
+            "use --tensor-parallel-size."
         )
-    if parallel.data_parallel_size > 1:
+
+
+def check_speculation(vllm_config: "VllmConfig") -> None:
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in SPECULATIVE_METHODS:
+        raise ValueError(
+            f"speculative decoding by '{speculative.method}' cannot be used with YOCO-U: no draft model shares its "
+            "packed KV cache, use 'ngram' or leave it out."
+        )
+
+
+def check_fast_prefill(vllm_config: "VllmConfig") -> None:
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        raise ValueError(
+            "--kv-sharing-fast-prefill cannot be used with YOCO-U: its cross-decoder has no KV-sharing layers in "
+            "vLLM's sense, leave the flag out."
+        )
+
+
+def check_experts_on_cpu(vllm_config: "VllmConfig") -> None:
+    """What vLLM does with a mixture of experts on GPUs alone."""
+    from vllm.platforms import current_platform
+
+    if not vllm_config.model_config.hf_config.is_moe or not current_platform.is_cpu():
+        return
+    refuse_expert_parallel(vllm_config)
+    if vllm_config.parallel_config.data_parallel_size > 1:
         raise ValueError(
             "--data-parallel-size cannot be used with a mixture of experts on a CPU: vLLM's ranks share the experts "
             "and cannot exchange tokens there, start one server for each engine."
@@ -140,8 +111,8 @@ def _check_experts_on_cpu(vllm_config: "VllmConfig") -> None:
         )
 
 
-def _check_kernels(vllm_config: "VllmConfig") -> None:
-    """The plugin's own kernels need Triton, and pass by what vLLM wraps around its attention ops."""
+def check_kernels(vllm_config: "VllmConfig") -> None:
+    """The plugin's own kernels need Triton, and bypass what vLLM wraps around its attention ops."""
     from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
     from vllm.triton_utils import HAS_TRITON
 
@@ -157,17 +128,40 @@ def _check_kernels(vllm_config: "VllmConfig") -> None:
             raise ValueError(f'the option "kernels" cannot be used {reason}, leave it out.')
 
 
-def _check_compilation(vllm_config: "VllmConfig") -> None:
-    """vLLM compiles unless told not to, for which torch needs a C++ compiler on a CPU: without one, run eagerly."""
+def check_compilation_mode(vllm_config: "VllmConfig") -> None:
     from vllm.config import CompilationMode
-    from vllm.platforms import current_platform
 
-    compilation = vllm_config.compilation_config
-    if compilation.mode == CompilationMode.STOCK_TORCH_COMPILE:
+    if vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
         raise ValueError(
             "compilation mode 1 cannot be used with YOCO-U: it would unroll the loop into one graph, use 3 or leave "
             "the mode out."
         )
+
+
+def find_shared_expert_gate(vllm_config: "VllmConfig") -> None:
+    """The weights alone may say whether a shared expert is gated."""
+    from vllm_yocou.reference.feed_forward import has_shared_expert_gate
+
+    model_config = vllm_config.model_config
+    if model_config.hf_config.leaves_gate_to_weights:
+        model_config.hf_config.shared_expert_gate = has_shared_expert_gate(model_config.model)
+
+
+def list_experts_by_call(vllm_config: "VllmConfig") -> None:
+    """vLLM's list of expert layers, in the order of their calls, is made for one call a layer and step."""
+    vllm_config.compilation_config.fast_moe_cold_start = False
+
+
+def choose_compilation(vllm_config: "VllmConfig") -> None:
+    """vLLM compiles unless told not to, for which torch needs a C++ compiler on a CPU: without one, run eagerly.
+
+    Raises:
+        ValueError: the user asked for compilation.
+    """
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    compilation = vllm_config.compilation_config
     eager = vllm_config.model_config.enforce_eager or compilation.mode == CompilationMode.NONE
     if eager or not current_platform.is_cpu() or (missing := _missing_compiler()) is None:
         return
@@ -196,7 +190,7 @@ def _missing_compiler() -> str | None:
     return None
 
 
-def _choose_chunk(vllm_config: "VllmConfig") -> None:
+def choose_chunk(vllm_config: "VllmConfig") -> None:
     """Lower vLLM's default of `max_num_batched_tokens`; a user's own value stays, unless it is that default.
 
     vLLM has filled in its default by now and does not say so: a value counts as one if it is what vLLM would have
@@ -228,3 +222,58 @@ def _default_chunks(vllm_config: "VllmConfig") -> set[int]:
     longest = scheduler.max_num_seqs * vllm_config.model_config.max_model_len
     defaults = {*by_usage.values(), SchedulerConfig.DEFAULT_MAX_NUM_BATCHED_TOKENS}
     return {min(factor * default, longest) for default in defaults}
+
+
+def expose_metrics(vllm_config: "VllmConfig") -> None:
+    from vllm_yocou.rows import metrics
+
+    metrics.expose(vllm_config)
+
+
+def observe_requests(vllm_config: "VllmConfig") -> None:
+    """Name the hook of vLLM's V1 runner; the model itself brings the V2 runner's."""
+    from vllm.platforms import current_platform
+
+    from vllm_yocou.rows import v1_runner
+
+    if vllm_config.use_v2_model_runner:
+        return
+    model_config, speculates = vllm_config.model_config, vllm_config.speculative_config is not None
+    if model_config.runner_type == "generate" and not speculates:
+        # vLLM refuses such classes everywhere else. With one, its V1 runner keeps output tokens for every request.
+        model_config.logits_processors = [*(model_config.logits_processors or ()), v1_runner.NAME]
+    if speculates and current_platform.is_cpu():
+        logger.warning(
+            "A request with a seed and temperature above 0 ends vLLM's CPU engine if its prompt takes several "
+            "chunks, and is not refused under speculative decoding: leave the seed out."
+        )
+
+
+REFUSALS = (
+    check_files,
+    check_shards,
+    check_context_parallel,
+    check_speculation,
+    check_fast_prefill,
+    check_experts_on_cpu,
+    check_kernels,
+    check_compilation_mode,
+)
+ADJUSTMENTS = (find_shared_expert_gate, list_experts_by_call, choose_compilation, choose_chunk)
+HOOKS = (expose_metrics, observe_requests)
+
+
+class YocoUEngineSettings(VerifyAndUpdateConfig):
+    @staticmethod
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        if model_config.disable_sliding_window:
+            raise ValueError(
+                "--disable-sliding-window cannot be used with YOCO-U: its self-decoder was trained with a window of a "
+                "fixed size, leave the flag out."
+            )
+        model_config.hf_config.check()  # once more: overrides given as a function bypass YocoUConfig.update
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        for apply in (*REFUSALS, *ADJUSTMENTS, *HOOKS):
+            apply(vllm_config)

@@ -3,6 +3,8 @@
 Shapes: N tokens, D hidden_size, E experts.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -18,10 +20,13 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, vllm_config: VllmConfig, prefix: str):
         super().__init__()
-        config: YocoUConfig = vllm_config.model_config.hf_config
+        config = cast(YocoUConfig, vllm_config.model_config.hf_config)
         quant = vllm_config.quant_config
+        # A config has all three or none.
+        assert config.num_experts and config.num_experts_per_tok and config.moe_intermediate_size
         self.gate = GateLinear(config.hidden_size, config.num_experts, prefix=f"{prefix}.gate")
-        self.shared_expert = self.shared_expert_gate = None
+        self.shared_expert: nn.Module | None = None
+        self.shared_expert_gate: nn.Module | None = None
         if config.shared_expert_gate:
             self.shared_expert_gate = ReplicatedLinear(
                 config.hidden_size, 1, bias=False, prefix=f"{prefix}.shared_expert_gate"
@@ -33,7 +38,7 @@ class MixtureOfExperts(nn.Module):
                 config.hidden_act,
                 quant_config=quant,
                 reduce_results=False,  # once, together with the routed experts
-                expert_gate=self.shared_expert_gate,
+                expert_gate=self.shared_expert_gate,  # type: ignore[arg-type]  # vLLM's own models give it this layer too
                 prefix=f"{prefix}.shared_expert",
             )
         self.experts = FusedMoEFactory(

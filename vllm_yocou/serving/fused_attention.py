@@ -5,25 +5,28 @@ than the model's stays with vLLM's kernels.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention.attention import get_attention_context
-from vllm.v1.attention.backend import AttentionMetadata
 
 from vllm_yocou.kernels.arguments import Batch, Rotation
 from vllm_yocou.kernels.cross_attention import cross_attention, scratch
 from vllm_yocou.kernels.global_write import global_write
 from vllm_yocou.kernels.window_step import window_step
+from vllm_yocou.rows.hand_over import RowOwner
 
 
 def key_and_value(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, S, K, d) each of vLLM's (B, K, S, 2 · d), which all backends that this plugin builds on share."""
-    return kv_cache.transpose(1, 2).chunk(2, dim=-1)
+    key, value = kv_cache.transpose(1, 2).chunk(2, dim=-1)
+    return key, value
 
 
-def batch_of(metadata: AttentionMetadata) -> Batch:
+def batch_of(metadata: Any) -> Batch:
+    """Of a step's metadata, whose fields all backends that this plugin builds on share."""
     return Batch(metadata.block_table, metadata.query_start_loc, metadata.seq_lens)
 
 
@@ -49,8 +52,8 @@ class NormAndRotation:
     @property
     def weights(self) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
         """Of the queries' norm and the keys', and their eps."""
-        norms = self.q_norm, self.k_norm
-        return *(getattr(norm, "weight", None) for norm in norms), getattr(self.k_norm, "variance_epsilon", 0.0)
+        q_weight, k_weight = (getattr(norm, "weight", None) for norm in (self.q_norm, self.k_norm))
+        return q_weight, k_weight, getattr(self.k_norm, "variance_epsilon", 0.0)
 
 
 def step_in_window(
@@ -104,18 +107,37 @@ class CrossAttentionByKernel:
     It reads a request's keys once for each of its rows: prompts whose every row runs are better off with vLLM's.
     """
 
-    def __init__(self, *args, **kwargs):
+    scale: float
+
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         config = get_current_vllm_config()
         self.most_requests = config.scheduler_config.max_num_seqs
         self.longest = config.model_config.max_model_len
 
-    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, **scales) -> torch.Tensor:
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        **scales: Any,
+    ) -> torch.Tensor:
         if attn_metadata is None:  # a profiling run: vLLM leaves the KV cache what memory this did not take
             scratch(self.most_requests, *query.shape[1:], self.longest, query.device)
-        elif attn_metadata.most_rows <= 1 and kv_cache.dtype == query.dtype:
+        elif self.most_rows(layer, attn_metadata) <= 1 and kv_cache.dtype == query.dtype:
             rows = attn_metadata.num_actual_tokens
             keys_and_values = key_and_value(kv_cache)
             cross_attention(query[:rows], *keys_and_values, batch_of(attn_metadata), self.scale, out_MHd=output[:rows])
             return output
-        return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, **scales)
+        vllms = super().forward  # type: ignore[misc]  # of the implementation that this is mixed into
+        return vllms(layer, query, key, value, kv_cache, attn_metadata, output, **scales)
+
+    @staticmethod
+    def most_rows(layer: RowOwner, metadata: Any) -> int:
+        """How many rows the request has that has the most of them; vLLM's metadata may say two where it is one."""
+        step = layer.rows.of(metadata)
+        return metadata.max_query_len if step is None else step.most

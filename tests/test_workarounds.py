@@ -1,0 +1,94 @@
+"""Each fault that has a workaround is there in the versions of vLLM that are listed as faulty, and in no other.
+
+A test that fails here says that a workaround can go: after the last supported version that has the fault.
+"""
+
+import inspect
+from contextlib import suppress
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness.checkout import needs_compiler
+from vllm.compilation.decorators import _try_load_aot_compiled_fn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.v1.attention.selector import get_attn_backend
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.version import __version_tuple__
+
+from vllm_yocou import workarounds
+
+
+def faulty(workaround: str) -> bool:
+    """Whether the vLLM of this environment is listed as having the fault."""
+    last = tuple(map(int, workarounds.FAULTY_UP_TO[workaround].split(".")))
+    return tuple(__version_tuple__[:2]) <= last
+
+
+def test_every_workaround_is_listed():
+    ours = {
+        name
+        for name, value in vars(workarounds).items()
+        if inspect.isfunction(value) and value.__module__ == workarounds.__name__ and not name.startswith("_")
+    }
+    assert ours == set(workarounds.FAULTY_UP_TO)
+
+
+@needs_compiler
+def test_loading_of_saved_code(tmp_path):
+    """What torch's own backend saved cannot finish loading, and vLLM asks it to."""
+    compiled = torch.compile(lambda x: x * 2 + 1, fullgraph=True).aot_compile(((torch.ones(3),), {}))
+    compiled.save_compiled_function(str(tmp_path / "code"))
+
+    def loaded() -> torch.nn.Module:
+        with (tmp_path / "code").open("rb") as file:
+            return torch.compiler.load_compiled_function(file)._artifacts.compiled_fn
+
+    asked = "compiled_fn.finalize_loading(" in inspect.getsource(_try_load_aot_compiled_fn)
+    assert (asked and not hasattr(loaded(), "finalize_loading")) == faulty("loading_of_saved_code")
+    with workarounds.loading_of_saved_code():
+        assert loaded().finalize_loading(None) is None
+    assert not hasattr(loaded(), "finalize_loading")
+
+
+def test_spare_rows_without_adapter():
+    """Two rows, of which the second has an adapter: the first keeps what the layer computed."""
+    wrapper = PunicaWrapperCPU(8, 2, "cpu")
+    wrapper._token_lora_indices[:2] = torch.tensor([-1, 1])
+    wrapper.indices_len[0] = 2
+    wrapper.is_prefill = False
+    down, up = torch.ones(2, 1, 4, 3), torch.ones(2, 1, 5, 4)
+
+    def moved_rows() -> list[bool]:
+        y_NX = torch.zeros(2, 5)
+        wrapper.add_lora_linear(y_NX, torch.ones(2, 3), (down,), (up,), 1.0, (5,))
+        return (y_NX != 0).any(1).tolist()
+
+    assert moved_rows() == [faulty("spare_rows_without_adapter"), True]
+    workarounds.spare_rows_without_adapter(SimpleNamespace(punica_wrapper_mapping={"": wrapper}))
+    assert moved_rows() == [False, True]
+
+
+def test_refuse_seed():
+    """vLLM's runner turns the generator back; no generator of a CPU can be turned."""
+    turned = "gen.set_offset(gen.get_offset() - 4)" in inspect.getsource(GPUModelRunner)
+    with pytest.raises(RuntimeError, match="does not use offset"):
+        torch.Generator().get_offset()
+    assert turned == faulty("refuse_seed")
+
+
+def test_check_cache_dtype():
+    """The CPU platform selects its backend for a cache that this backend cannot read."""
+    dtype, selected = "int8_per_token_head", None
+    with set_current_vllm_config(VllmConfig()), suppress(ValueError):
+        selected = get_attn_backend(32, torch.float32, dtype)
+    assert (selected is not None and not selected.supports_kv_cache_dtype(dtype)) == faulty("check_cache_dtype")
+
+
+def test_refuse_expert_parallel():
+    """The experts accept every parallel configuration, and do not look at which of them are their own rank's."""
+    accepted = CPUUnquantizedExperts._supports_parallel_config(None)
+    ignored = inspect.getsource(CPUUnquantizedExperts.apply).count("expert_map") == 1
+    assert (accepted and ignored) == faulty("refuse_expert_parallel")

@@ -1,0 +1,220 @@
+"""The layers of both decoders: linear layers exist once, and only the window caches exist once for each iteration.
+
+Shapes: N tokens of this step (all requests, one row a token), M of them in the cross-decoder, D hidden_size.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.models.llama import LlamaMLP
+from vllm.utils.torch_utils import _encode_layer_name
+
+from vllm_yocou.config import YocoUConfig
+from vllm_yocou.options import Options
+from vllm_yocou.serving.caches import GlobalCache, Loop, WindowCache
+from vllm_yocou.serving.experts import MixtureOfExperts
+from vllm_yocou.serving.rope import rotary_embedding
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm of every head of a projection: (N, heads · d) -> (N, heads · d)."""
+
+    def forward(self, x_NX: torch.Tensor) -> torch.Tensor:
+        return super().forward(x_NX.unflatten(-1, (-1, self.hidden_size)).contiguous()).flatten(-2)
+
+
+def head_norm(config: YocoUConfig, head_dim: int, wanted: bool) -> nn.Module:
+    return HeadNorm(head_dim, eps=config.rms_norm_eps) if wanted else nn.Identity()
+
+
+class LoopedWindowAttention(nn.Module):
+    """Self-decoder attention of one stored layer: one set of projections, one window cache for each iteration."""
+
+    def __init__(self, vllm_config: VllmConfig, layer: int, prefix: str, cache_prefix: str):
+        super().__init__()
+        config = cast(YocoUConfig, vllm_config.model_config.hf_config)
+        quant, d = vllm_config.quant_config, config.head_dim
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            d,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=False,
+            quant_config=quant,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        heads, kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
+        self.sizes = [heads * d, kv_heads * d, kv_heads * d]
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * d,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.q_norm = head_norm(config, d, config.qk_norm in ("self", "all"))
+        self.k_norm = head_norm(config, d, config.qk_norm in ("self", "all"))
+        self.rotary_emb = rotary_embedding(vllm_config, d)
+        step = None
+        if Options.of(vllm_config.additional_config).kernels:
+            from vllm_yocou.serving.fused_attention import NormAndRotation, step_in_window
+
+            step = partial(step_in_window, NormAndRotation(self.rotary_emb, self.q_norm, self.k_norm))
+        # vLLM wants exactly one number in the name of a cached layer, different for each. Those that a compiled unit
+        # names, iteration 0 and the global cache, have the same whatever T is.
+        S, T = config.num_self_decoder_layers, config.num_iterations
+        loop = Loop([f"{cache_prefix}.{1 + iteration * S + layer}" for iteration in range(T)], step)
+        self.windows = nn.ModuleList(
+            WindowCache(
+                vllm_config,
+                heads,
+                d,
+                kv_heads,
+                window=config.sliding_window,
+                quant_config=quant,
+                loop=loop,
+                prefix=name,
+            )
+            for name in loop.names
+        )
+        self.by_kernel = self.windows[0].by_kernel
+        self.layer_name = _encode_layer_name(loop.names[0])
+        self.query_shape, self.key_shape = (-1, heads, d), (-1, kv_heads, d)
+
+    def forward(self, positions_N: torch.Tensor, h_ND: torch.Tensor, iteration: torch.Tensor) -> torch.Tensor:
+        qkv_NX, _ = self.qkv_proj(h_ND)
+        q_NX, k_NX, v_NX = qkv_NX.split(self.sizes, dim=-1)
+        if not self.by_kernel:
+            q_NX, k_NX = self.rotary_emb(positions_N, self.q_norm(q_NX), self.k_norm(k_NX))
+        q_NHd, k_NKd, v_NKd = q_NX.view(self.query_shape), k_NX.view(self.key_shape), v_NX.view(self.key_shape)
+        out_NHd = torch.empty_like(q_NHd, memory_format=torch.contiguous_format)
+        torch.ops.vllm.yocou_attend_windows(q_NHd, k_NKd, v_NKd, out_NHd, iteration, self.layer_name)
+        out_ND, _ = self.o_proj(out_NHd.flatten(1))
+        return out_ND
+
+
+class GlobalKV(nn.Module):
+    """The one writer of the global KV cache; nothing attends here."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str, cache_prefix: str):
+        super().__init__()
+        config = cast(YocoUConfig, vllm_config.model_config.hf_config)
+        dc = config.cross_head_dim
+        ranks = get_tensor_model_parallel_world_size()
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        # No query heads: this layer then shards the KV heads, and replicates them where ranks outnumber them.
+        self.kv_proj = QKVParallelLinear(
+            config.hidden_size,
+            dc,
+            total_num_heads=0,
+            total_num_kv_heads=config.cross_num_key_value_heads,
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.kv_proj",
+        )
+        self.k_norm = head_norm(config, dc, config.qk_norm == "all")
+        self.rotary_emb = rotary_embedding(vllm_config, dc) if config.cross_decoder_rope else None
+        self.cache = GlobalCache(
+            vllm_config,
+            config.cross_num_attention_heads // ranks,
+            dc,
+            self.kv_proj.num_kv_heads,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{cache_prefix}.0",
+        )
+        self.write: Callable[..., torch.Tensor] | None = None
+        if self.cache.by_kernel:
+            from vllm_yocou.serving.fused_attention import NormAndRotation, write_global
+
+            before = NormAndRotation(self.rotary_emb, nn.Identity(), self.k_norm)
+            self.write = partial(write_global, before, self.cache.layer_name)
+
+    def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
+        """Project and store; returns the token that the readers take."""
+        kv_NX, _ = self.kv_proj(self.norm(x_ND))
+        k_NX, v_NX = kv_NX.chunk(2, dim=-1)
+        if self.write is not None:
+            return self.write(positions_N, k_NX, v_NX)
+        k_NX = self.k_norm(k_NX)
+        if self.rotary_emb is not None:
+            # vLLM's rotary embedding turns queries in place; here there are none, so the keys take their part.
+            k_NX, _ = self.rotary_emb(positions_N, k_NX.contiguous(), None)
+        return self.cache.write(k_NX, v_NX)
+
+
+class CrossAttention(nn.Module):
+    """Cross-decoder attention: queries of its own over the global cache."""
+
+    def __init__(self, vllm_config: VllmConfig, cache: GlobalCache, prefix: str):
+        super().__init__()
+        config = cast(YocoUConfig, vllm_config.model_config.hf_config)
+        dc, width = config.cross_head_dim, config.cross_num_attention_heads * config.cross_head_dim
+        quant = vllm_config.quant_config
+        self.q_proj = ColumnParallelLinear(
+            config.hidden_size, width, bias=False, quant_config=quant, prefix=f"{prefix}.q_proj"
+        )
+        self.o_proj = RowParallelLinear(
+            width, config.hidden_size, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
+        )
+        self.q_norm = head_norm(config, dc, config.qk_norm == "all")
+        self.rotary_emb = rotary_embedding(vllm_config, dc) if config.cross_decoder_rope else None
+        self.read = cache.attend  # a bound method: the cache stays a submodule of its writer alone
+
+    def forward(self, positions_M: torch.Tensor, h_MD: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+        q_MX, _ = self.q_proj(h_MD)
+        q_MX = self.q_norm(q_MX)
+        if self.rotary_emb is not None:
+            q_MX, _ = self.rotary_emb(positions_M, q_MX, None)
+        out_MD, _ = self.o_proj(self.read(q_MX, written))
+        return out_MD
+
+
+def feed_forward(vllm_config: VllmConfig, prefix: str) -> nn.Module:
+    config = cast(YocoUConfig, vllm_config.model_config.hf_config)
+    if config.is_moe:
+        return MixtureOfExperts(vllm_config, prefix)
+    return LlamaMLP(
+        config.hidden_size,
+        config.intermediate_size,
+        config.hidden_act,
+        quant_config=vllm_config.quant_config,
+        prefix=prefix,
+    )
+
+
+class DecoderLayer(nn.Module):
+    """What a layer of either decoder has, named as in the checkpoint; the subclasses bring the attention."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        config = cast(YocoUConfig, vllm_config.model_config.hf_config)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = feed_forward(vllm_config, f"{prefix}.mlp")
+
+
+class SelfDecoderLayer(DecoderLayer):
+    def __init__(self, vllm_config: VllmConfig, layer: int, prefix: str, cache_prefix: str):
+        super().__init__(vllm_config, prefix)
+        self.self_attn = LoopedWindowAttention(vllm_config, layer, f"{prefix}.self_attn", cache_prefix)
+
+    def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor, iteration: torch.Tensor) -> torch.Tensor:
+        x_ND = x_ND + self.self_attn(positions_N, self.input_layernorm(x_ND), iteration)
+        return x_ND + self.mlp(self.post_attention_layernorm(x_ND))
+
+
+class CrossDecoderLayer(DecoderLayer):
+    def __init__(self, vllm_config: VllmConfig, cache: GlobalCache, prefix: str):
+        super().__init__(vllm_config, prefix)
+        self.cross_attn = CrossAttention(vllm_config, cache, f"{prefix}.cross_attn")
+
+    def forward(self, positions_M: torch.Tensor, x_MD: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+        x_MD = x_MD + self.cross_attn(positions_M, self.input_layernorm(x_MD), written)
+        return x_MD + self.mlp(self.post_attention_layernorm(x_MD))

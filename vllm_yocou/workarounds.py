@@ -1,0 +1,127 @@
+"""Every workaround of a fault of vLLM's own stands here, with the last version that has the fault: after it, it goes.
+
+`FAULTY_UP_TO` names them; tests/test_workarounds.py shows each fault in the versions that have it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+if TYPE_CHECKING:
+    import torch
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+    from vllm.config.cache import CacheDType
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+    from vllm.v1.attention.backend import AttentionBackend
+
+# Supported versions of vLLM up to and including this one have the fault.
+FAULTY_UP_TO = {
+    "loading_of_saved_code": "0.33",
+    "spare_rows_without_adapter": "0.32",
+    "refuse_seed": "0.33",
+    "check_cache_dtype": "0.32",
+    "refuse_expert_parallel": "0.33",
+}
+
+
+@contextmanager
+def loading_of_saved_code() -> Iterator[None]:
+    """While a unit is compiled or loaded for the first time, let vLLM load what it saved on a CPU.
+
+    vLLM asks all compiled code to finish loading, and only the code of its own compiler backend can. In the mode that a
+    CPU has, vLLM would refuse what it saved and compile it again at every start.
+    """
+    import torch
+
+    load = torch.compiler.load_compiled_function
+
+    def load_compiled_function(*args: Any, **kwargs: Any) -> Any:
+        loaded = load(*args, **kwargs)
+        code = loaded._artifacts.compiled_fn  # type: ignore[attr-defined]  # as vLLM reads it
+        if not hasattr(code, "finalize_loading"):
+            code.finalize_loading = lambda vllm_config: None
+        return loaded
+
+    with patch.object(torch.compiler, "load_compiled_function", load_compiled_function):
+        yield
+
+
+def spare_rows_without_adapter(manager: "LoRAModelManager") -> None:
+    """On a CPU, keep LoRA adapters away from rows that have none.
+
+    vLLM marks such rows with -1, which its CPU operators take for the last adapter slot (vllm-project/vllm#48421).
+    """
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    for wrapper in manager.punica_wrapper_mapping.values():
+        if isinstance(wrapper, PunicaWrapperCPU):
+            _spare_rows_without_adapter(wrapper)
+
+
+def _spare_rows_without_adapter(wrapper: "PunicaWrapperCPU") -> None:
+    add_to_all_rows = wrapper.add_lora_linear
+
+    def add_lora_linear(y_NX: "torch.Tensor", x_NX: "torch.Tensor", *args: Any, **kwargs: Any) -> None:
+        without_N = wrapper.token_lora_indices < 0
+        base_LX = y_NX[without_N]
+        add_to_all_rows(y_NX, x_NX, *args, **kwargs)
+        y_NX[without_N] = base_LX
+
+    wrapper.add_lora_linear = add_lora_linear  # type: ignore[method-assign, assignment]  # of this one object
+
+
+def refuse_seed(params: "SamplingParams") -> None:
+    """Refuse a request with a seed on a CPU, before it ends the engine and every other request with it.
+
+    Where a chunk does not end its prompt, vLLM's V1 runner turns the request's generator back, which the generators of
+    a CPU cannot do.
+
+    Raises:
+        VLLMValidationError: the request samples with a seed of its own.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.platforms import current_platform
+    from vllm.sampling_params import SamplingType
+
+    if params.sampling_type is SamplingType.RANDOM_SEED and current_platform.is_cpu():
+        raise VLLMValidationError(
+            "seed cannot be used with YOCO-U on vLLM's CPU runner: a prompt computed in chunks would end the "
+            "engine, leave it out or set temperature to 0.",
+            parameter="seed",
+            value=params.seed,
+        )
+
+
+def check_cache_dtype(backend: "type[AttentionBackend]", cache_dtype: "CacheDType") -> None:
+    """Refuse a KV cache dtype that the backend's kernels do not read.
+
+    vLLM's CPU platform does not ask, and its kernels would read such a cache as something else.
+
+    Raises:
+        ValueError: the dtype is not among the backend's.
+    """
+    if not backend.supports_kv_cache_dtype(cache_dtype):
+        raise ValueError(
+            f"--kv-cache-dtype {cache_dtype} cannot be used with the attention backend {backend.get_name()}: its "
+            f"kernels read {', '.join(backend.supported_kv_cache_dtypes)}, choose one of these."
+        )
+
+
+def refuse_expert_parallel(vllm_config: "VllmConfig") -> None:
+    """Refuse expert parallelism on a CPU.
+
+    vLLM's CPU experts say that they support it, and then compute the tokens of other ranks' experts as well.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    from vllm.platforms import current_platform
+
+    if vllm_config.parallel_config.enable_expert_parallel and current_platform.is_cpu():
+        raise ValueError(
+            "--enable-expert-parallel cannot be used on a CPU: vLLM's CPU kernels do not pass over tokens of other "
+            "ranks' experts, leave the flag out."
+        )
