@@ -158,11 +158,11 @@ def test_t_sweep(starts_vllm, nightly, monkeypatch, tmp_path, folder, capsys):
 
     report = json.loads((TRAINED / "training.json").read_text())
     for t in (1, 3):
-        folder = shutil.copytree(TRAINED, tmp_path / f"T{t}-7")
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"num_iterations": t}))
+        trained = shutil.copytree(TRAINED, tmp_path / f"T{t}-7")
+        config = json.loads((trained / "config.json").read_text())
+        (trained / "config.json").write_text(json.dumps(config | {"num_iterations": t}))
         held_out = {"held_out_perplexity": {f"YOCO-U, T = {t}": 40.0 + t}}
-        (folder / "training.json").write_text(json.dumps(report | held_out))
+        (trained / "training.json").write_text(json.dumps(report | held_out))
     settings = dict(ITERATIONS=(1, 3), PROMPT=200, BATCH=2, ROUNDS=1, STEPS=2)
     for name, value in settings.items():
         monkeypatch.setattr(t_sweep, name, value)
