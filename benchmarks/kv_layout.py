@@ -39,6 +39,7 @@ def measure() -> Result:
         for layout, options in LAYOUTS.items():
             progress(f"{shape}, {NAMES[layout]}")
             settings: dict[str, Any] = dict(dtype="bfloat16", max_model_len=LENGTHS[-1], max_num_batched_tokens=CHUNK)
+            settings |= dict(enforce_eager=True)  # nothing runs that is worth compiling
             llm = start(cfg, kv_cache_memory_bytes=1 << 30, additional_config={"yocou": options}, **settings)
             groups = core(llm).scheduler.kv_cache_config.kv_cache_groups
             of = dict(shape=shape, layout=NAMES[layout])

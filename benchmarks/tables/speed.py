@@ -129,7 +129,7 @@ TABLES = (
         name="prefill",
         about="Prompts with and without skipping the cross-decoder, and the ceiling",
         needs="two quiet cores",
-        takes="6 minutes",
+        takes="8 minutes",
         rows=prefill_rows,
         note=prefill_note,
     ),
