@@ -7,6 +7,7 @@ import argparse
 import sys
 
 from openai import APIConnectionError, APIError, OpenAI
+from openai.types.chat import ChatCompletionMessageParam
 
 
 def main() -> int:
@@ -23,14 +24,17 @@ def main() -> int:
     except APIConnectionError:
         print(f"no server answers at {arguments.url}: start one with 'make serve' or give --url.", file=sys.stderr)
         return 2
-    sampling = {} if arguments.temperature is None else {"temperature": arguments.temperature}
-    messages: list[dict[str, str]] = []
+    messages: list[ChatCompletionMessageParam] = []
     prompt = "you: " if sys.stdin.isatty() else ""
     while line := _line(prompt):
         messages.append({"role": "user", "content": line})
         answer = ""
         for event in client.chat.completions.create(
-            model=model, messages=messages, max_tokens=arguments.max_tokens, stream=True, **sampling
+            model=model,
+            messages=messages,
+            max_tokens=arguments.max_tokens,
+            temperature=arguments.temperature,
+            stream=True,
         ):
             piece = event.choices[0].delta.content or ""
             answer += piece

@@ -14,11 +14,10 @@ def main() -> None:
     adapter = LoRARequest("adapter", 1, sys.argv[1])
     llm = LLM(str(TRAINED), dtype="float32", kv_cache_memory_bytes=256 << 20, enable_lora=True, max_lora_rank=64)
     greedy = SamplingParams(temperature=0, max_tokens=40)
-    # Each request names its adapter or none; one batch mixes them.
-    outputs = llm.generate(PROMPTS * 2, greedy, lora_request=[None] * len(PROMPTS) + [adapter] * len(PROMPTS))
-    for output in outputs:
-        name = output.lora_request.lora_name if output.lora_request else "none"
-        print(f"{name}: {output.prompt!r} -> {output.outputs[0].text!r}")
+    for request in (None, adapter):
+        for output in llm.generate(PROMPTS, greedy, lora_request=request):
+            name = request.lora_name if request else "none"
+            print(f"{name}: {output.prompt!r} -> {output.outputs[0].text!r}")
 
 
 if __name__ == "__main__":

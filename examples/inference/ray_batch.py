@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -202,7 +203,8 @@ def answer(arguments: argparse.Namespace) -> None:
         num_gpus=arguments.gpus,
     )
     run, refused = uuid.uuid4().hex[:8], 0  # no file of another run is overwritten
-    for number, part in enumerate(completed.iter_batches(batch_size=None, batch_format="pyarrow")):
+    parts: Iterable[pa.Table] = completed.iter_batches(batch_size=None, batch_format="pyarrow")
+    for number, part in enumerate(parts):
         if part.num_rows:
             refused += part.num_rows - part["error"].null_count
             write(part, arguments.output / f"part-{run}-{number:06}{kind}")

@@ -39,11 +39,14 @@ class Chapter:
 
 def read(unpacked: Path) -> list[Chapter]:
     """All 1,189 chapters in order, from the unpacked packages."""
-    reader = [unpacked / "usr/bin/bible", "-p", unpacked / "usr/lib", "-f", "gen1:1-rev22:21"]
+    reader = [str(unpacked / "usr/bin/bible"), "-p", str(unpacked / "usr/lib"), "-f", "gen1:1-rev22:21"]
     printed = subprocess.run(reader, check=True, capture_output=True, text=True).stdout
     verses: dict[tuple[str, int], list[str]] = {}
     for line in printed.splitlines():
-        book, chapter, verse = re.match(r"(\w+?)(\d+):\d+ (.*)", line).groups()
+        found = re.match(r"(\w+?)(\d+):\d+ (.*)", line)
+        if found is None:
+            raise ValueError(f"the reader printed {line!r}, which is not a verse: install both packages again.")
+        book, chapter, verse = found.groups()
         verses.setdefault((book, int(chapter)), []).append(re.sub(r"\s+", " ", verse).strip())
     abbreviations = list(dict.fromkeys(book for book, _ in verses))
     if len(abbreviations) != len(BOOKS):

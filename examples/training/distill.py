@@ -98,7 +98,7 @@ class Distillation(Trainer):
 
     def __init__(self, *, teacher: PreTrainedModel, next_token: float, hidden: float, hidden_layer: int, **settings):
         super().__init__(**settings)
-        self.teacher = teacher.to(self.args.device)
+        self.teacher = teacher.to(self.args.device)  # type: ignore[arg-type]  # transformers hides that it is a method
         self.next_token, self.hidden, self.hidden_layer = next_token, hidden, hidden_layer
         # All rows are of one length, so that the mean over a batch is divided by the accumulation steps, no more.
         self.model_accepts_loss_kwargs = False
@@ -142,7 +142,7 @@ class StepClock(TrainerCallback):
         self.tokens, self.seen = self.tokens + state.num_input_tokens_seen - self.seen, state.num_input_tokens_seen
 
 
-def step_flops(student: PreTrainedModel, teacher: PreTrainedModel, tokens: int) -> float:
+def step_flops(student: YocoUForCausalLM, teacher: PreTrainedModel, tokens: int) -> float:
     """Floating-point operations that a row of a step calls for; recomputed activations are not among them.
 
     A backward pass counts as two forward passes; the source goes forward once.
@@ -313,22 +313,27 @@ def distil(arguments: argparse.Namespace) -> None:
     # Perplexities are of float32 and before and after alike, whatever the steps compute in.
     rows = [torch.tensor(row) for row in held_out["input_ids"]]
     nats = {"before": loss.nats(student.eval(), rows)}
-    state = last and TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
-    if state and state.global_step >= arguments.steps:
+    state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)) if last else None
+    if last and state and state.global_step >= arguments.steps:
         # Stopped between its last step and this: the Trainer would take one more.
-        student = YocoUForCausalLM.from_pretrained(last, dtype=torch.float32)
+        student = YocoUForCausalLM.from_pretrained(str(last), dtype=torch.float32)
     else:
-        trainer.train(resume_from_checkpoint=last and str(last))
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
         state = trainer.state
     if not trainer.is_world_process_zero():
         return
 
-    student.to(dtype).save_pretrained(arguments.output)
+    student.to(dtype).save_pretrained(arguments.output)  # type: ignore[arg-type]  # as above
     copy_companions(arguments.student, arguments.output)
     saved = YocoUForCausalLM.from_pretrained(arguments.output, dtype=torch.float32).eval().to(settings.device)
     nats |= {"after": loss.nats(saved, rows), "source": loss.nats(teacher.float(), rows)}
-    names = dict(training="training (the sum of all terms)", levels={"held out, source": nats["source"]})
-    loss.draw(state.log_history, arguments.output / "loss.png", "Healing by distillation", **names)
+    loss.draw(
+        state.log_history,
+        arguments.output / "loss.png",
+        "Healing by distillation",
+        training="training (the sum of all terms)",
+        levels={"held out, source": nats["source"]},
+    )
     report = {
         "settings": json.loads(json.dumps(vars(arguments), default=str)),
         "training_tokens": state.num_input_tokens_seen,

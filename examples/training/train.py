@@ -93,7 +93,8 @@ class Rows(Dataset):
     """Rows of SEQUENCE consecutive tokens; each pass over the corpus has its own order of chapters and dialogues."""
 
     def __init__(self, tokenizer, chapters: list[corpus.Chapter], rows: int, seed: int):
-        order, shuffler = [], random.Random(seed)
+        order: list[list[int]] = []
+        shuffler = random.Random(seed)
         plain_texts = [plain(tokenizer, chapter) for chapter in chapters]
         dialogues = [dialogue(tokenizer, chapter) for chapter in chapters]
         while sum(map(len, order)) < rows * SEQUENCE:
@@ -175,7 +176,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=arguments.resume)
 
     model.config.use_cache = True
-    model.to(torch.bfloat16).save_pretrained(arguments.output)
+    model.bfloat16().save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
     end = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END)]
     sampling = dict(do_sample=True, temperature=0.7, top_p=0.9)
