@@ -89,9 +89,10 @@ def test_an_engine_that_is_collected_late_takes_nothing_with_it(engine, tmp_path
     before = Engines()
     held = before(tmp_path)
     before.stop()
-    llm, alive = engine(tmp_path), weakref.ref(held.llm_engine)
-    del held
-    gc.unfreeze()  # vLLM has frozen it with all that was there
+    llm, alive = engine(tmp_path), weakref.ref(held.llm_engine.engine_core)
+    # What ends an engine when it is collected is its client.
+    held.llm_engine.engine_core = None
+    gc.unfreeze()  # vLLM has frozen all that was there
     gc.collect()
     assert alive() is None
     agrees(model, PROMPTS, generate(llm, PROMPTS))
