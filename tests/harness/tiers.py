@@ -5,8 +5,8 @@
 
 import pytest
 
-# Whoever uses one of these starts vLLM or runs in Triton's interpreter.
-ENGINE = {"engine", "module_engine", "server", "engine_processes", "starts_vllm", "interpreted"}
+# Whoever uses one of these starts vLLM or Ray, or runs in Triton's interpreter.
+ENGINE = {"engine", "module_engine", "server", "engine_processes", "starts_vllm", "both_cores", "interpreted"}
 SLOW = {"nightly"}
 # The group of everything that runs two engines or two ranks: one such test at a time.
 BOTH_CORES = "both cores"
@@ -30,7 +30,7 @@ def starts_vllm() -> None:
 
 @pytest.fixture(scope="session")
 def both_cores() -> None:
-    """Asked for where two engines or two ranks run at a time: of such tests, one runs at a time."""
+    """Asked for where two engines, two ranks or Ray's workers run at a time: of such tests, one runs at a time."""
 
 
 @pytest.fixture(scope="session")
