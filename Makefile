@@ -37,13 +37,13 @@ unit: $(TESTING)
 test: $(TESTING)
 	status=0; \
 	$(PYTEST) -m "not slow" $(TWO_WORKERS) $(ARGS) || status=1; \
-	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/kernels || status=1; \
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" $(TWO_WORKERS) tests/kernels || status=1; \
 	exit $$status
 
 test-all: $(TESTING)
 	status=0; \
 	$(PYTEST) $(TWO_WORKERS) $(ARGS) || status=1; \
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels || status=1; \
+	TRITON_INTERPRET=1 $(PYTEST) $(TWO_WORKERS) tests/kernels || status=1; \
 	exit $$status
 
 bench: $(TESTING)

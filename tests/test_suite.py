@@ -45,6 +45,7 @@ def test_fixtures_decide_the_tier(of_test, expected):
     [
         (item("tmp_path"), "rows/test_some"),
         (item("tmp_path", "engine"), None),
+        (item("interpreted"), None),
         (item("server"), "server"),
         (item("server", "both_cores"), tiers.BOTH_CORES),
         (item("engine_processes"), "runner v1"),

@@ -60,7 +60,7 @@ def group(item: pytest.Item) -> str | None:
     if "module_engine" in used:
         # One engine for a module, or for each value of a fixture's parameter.
         return " ".join([module, *(str(values[name]) for name in sorted(set(values) - own_parameters(item)))])
-    return None if "engine" in used else module
+    return None if "engine" in used or "interpreted" in used else module
 
 
 def parameters(item: pytest.Item) -> dict[str, object]:
