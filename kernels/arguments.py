@@ -1,4 +1,4 @@
-"""What the kernels take, and the assertions that say so when they are given something else.
+"""What the kernels take; anything else ends in an assertion that says what is wrong.
 
 Shapes: N rows of a step, R requests of X blocks each, H query and K KV heads, d head size, B blocks of S slots.
 """
@@ -32,12 +32,12 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Batch:
-    """Which rows of a step are whose, as vLLM's attention metadata says it: a request's rows are its last tokens.
+    """Which rows of a step belong to which request, as in vLLM's attention metadata; they are its last tokens.
 
     Attributes:
-        block_table_RX: (R, X) int32, the block of each S positions of a request; its last dimension contiguous.
-        starts_R1: (R + 1,) int32, where each request's rows begin, and where those of the last end: rows behind it are
-            padding.
+        block_table_RX: (R, X) int32, for each request the blocks of its positions, S to a block; rows contiguous.
+        starts_R1: (R + 1,) int32, where each request's rows begin, and where those of the last end; rows after that
+            are padding.
         lengths_R: (R,) int32, the tokens of each request up to the last of its rows.
     """
 
@@ -60,7 +60,8 @@ def check_rows(one: str, x_NKd: torch.Tensor, other: str, y_NKd: torch.Tensor) -
     assert x_NKd.dim() == 3 and x_NKd.shape == y_NKd.shape, f"{one} and {other} are both (rows, heads, head size)"
     assert x_NKd.dtype == y_NKd.dtype and x_NKd.dtype in ROWS, f"{one} and {other} are of one dtype of {ROWS}"
     assert x_NKd.stride(2) == y_NKd.stride(2) == 1, f"the numbers of a head lie side by side in {one} and {other}"
-    return tuple(x_NKd.shape)
+    N, K, d = x_NKd.shape
+    return N, K, d
 
 
 def check_queries(q_NHd: torch.Tensor, kv_heads: int) -> tuple[int, int, int]:
@@ -68,7 +69,8 @@ def check_queries(q_NHd: torch.Tensor, kv_heads: int) -> tuple[int, int, int]:
     assert q_NHd.dim() == 3 and q_NHd.dtype in ROWS, f"queries are (rows, heads, head size) of one of {ROWS}"
     assert q_NHd.stride(2) == 1, "the numbers of a head lie side by side in the queries"
     assert q_NHd.shape[1] % kv_heads == 0, f"{q_NHd.shape[1]} query heads are not shared by {kv_heads} KV heads evenly"
-    return tuple(q_NHd.shape)
+    N, H, d = q_NHd.shape
+    return N, H, d
 
 
 def check_cache(k_cache_BSKd: torch.Tensor, v_cache_BSKd: torch.Tensor, heads: int, d: int) -> int:

@@ -17,12 +17,15 @@ TILE = 64  # keys at a time
 SPLIT, MOST_SPLITS = 512, 64  # keys to a split, at least, of the longest context
 
 
-def scratch(M: int, H: int, d: int, longest: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """What splits hand to the reduction, for contexts of up to `longest`: results (M, H, X, d), masses (M, H, X)."""
+def scratch(M: int, H: int, d: int, longest: int, device: torch.device | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What splits hand to the reduction: results (M, H, X, d) and the logarithms of their masses (M, H, X), float32.
+
+    Args:
+        longest: tokens of the longest context that there may be, which decides the number of splits.
+    """
     splits = max(1, min(MOST_SPLITS, longest // SPLIT))
-    return tuple(
-        torch.empty(shape, dtype=torch.float32, device=device) for shape in ((M, H, splits, d), (M, H, splits))
-    )
+    partial_MHXd = torch.empty((M, H, splits, d), dtype=torch.float32, device=device)
+    return partial_MHXd, torch.empty((M, H, splits), dtype=torch.float32, device=device)
 
 
 def cross_attention(
@@ -40,9 +43,10 @@ def cross_attention(
     Args:
         q_MHd: (M, H, d), float32, float16 or bfloat16; the last dimension contiguous.
         k_cache_BSKd, v_cache_BSKd: (B, S, K, d), of a floating dtype of their own, which may be float8_e4m3fn.
-        batch: whose rows they are; X · S is at least the longest context.
-        scale: of the scores; k_scale, v_scale: what the stored numbers are multiplied by.
-        out_MHd: contiguous, where the result goes if it has a place already.
+        batch: whose rows they are; its table has room for the longest context.
+        scale: factor of the scores.
+        k_scale, v_scale: factors of the stored keys and values.
+        out_MHd: contiguous; the result is written there instead of to a new tensor.
     """
     K = k_cache_BSKd.shape[2]
     M, H, d = check_queries(q_MHd, K)

@@ -1,4 +1,4 @@
-"""Keys and values on their way into the global KV cache: norm, rotation, cast and write in one launch.
+"""Writes keys and values into the global KV cache: norm, rotation, cast and write in one launch.
 
 Shapes: N tokens of a step, K KV heads, d head size, B blocks of S slots, P positions.
 """
@@ -31,9 +31,9 @@ def global_write(
         k_cache_BSKd, v_cache_BSKd: (B, S, K, d), of a floating dtype of their own, which may be float8_e4m3fn; blocks,
             slots and heads may lie anywhere, as in a packed block.
         slots_N: (N,) int64, block · S + slot; negative for rows that are not written.
-        norm_d: (d,) weight of the keys' RMSNorm, None for none, and its `eps`.
-        rotation, positions_N: the keys' RoPE, None for none, and (N,) int64 positions.
-        k_scale, v_scale: what is stored is the value divided by it, which float8_e4m3fn has up to 448.
+        norm_d: (d,) weight of the keys' RMSNorm with `eps`; None: they are not normed.
+        rotation: the keys' RoPE at the (N,) int64 `positions_N`; None: they are not turned.
+        k_scale, v_scale: numbers are divided by these before they are stored; float8_e4m3fn holds up to 448.
     """
     N, K, d = check_rows("k_NKd", k_NKd, "v_NKd", v_NKd)
     S = check_cache(k_cache_BSKd, v_cache_BSKd, K, d)

@@ -1,4 +1,4 @@
-"""Whose row is it: a binary search over where the requests' rows begin, so that nobody prepares it on the host."""
+"""Finds the request of a row by a binary search over where the requests' rows begin: the host prepares nothing."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def request_of_row(row, starts, requests):
-    """The request whose rows begin last at or before `row`; padding behind all rows gets the last one."""
+    """The request whose rows begin last at or before `row`; padding after all rows gets the last one."""
     return _last_begun(row, starts, requests, 1, 0)
 
 

@@ -1,4 +1,4 @@
-"""What every kernel here does with a query or key on its way in: load, RMSNorm, rotate, in float32 registers.
+"""Loads, norms and rotates queries and keys in float32 registers, as every kernel here does first.
 
 A vector's norm and rotation depend on the vector and its position alone, so a kernel that needs a key that another
 program writes computes it again instead of waiting.

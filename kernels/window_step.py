@@ -40,17 +40,18 @@ def window_step(
     The result of padding rows is left as it was.
 
     Args:
-        q_NHd, k_NKd, v_NKd: projections of one dtype, float32, float16 or bfloat16, as they come, without norm or
-            rotation; the last dimension contiguous.
+        q_NHd, k_NKd, v_NKd: projections of one dtype, float32, float16 or bfloat16, before norm and rotation; the last
+            dimension contiguous.
         k_cache_BSKd, v_cache_BSKd: (B, S, K, d) in the rows' dtype; blocks, slots and heads may lie anywhere, as in a
             packed block.
         slots_N: int64, block · S + slot, where each row that is not padding is written; negative for nowhere.
         batch: whose rows they are, and where the keys of earlier steps lie.
-        longest: rows of the request that has the most.
-        window: keys that a row sees, itself included; scale: of the scores.
+        longest: the largest number of rows of any one request.
+        window: keys that a row sees, itself included.
+        scale: factor of the scores.
         rotation: RoPE of queries and keys.
         q_norm_d, k_norm_d: (d,) weights of RMSNorms with `eps`, both or neither.
-        out_NHd: contiguous, where the result goes if it has a place already.
+        out_NHd: contiguous; the result is written there instead of to a new tensor.
     """
     N, K, d = check_rows("k_NKd", k_NKd, "v_NKd", v_NKd)
     S = check_cache(k_cache_BSKd, v_cache_BSKd, K, d)
@@ -210,7 +211,7 @@ def _window_step(
             score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
             visible = (seen[None, :] <= position[:, None]) & (seen[None, :] > position[:, None] - W)
             score = tl.where(visible, score, float("-inf"))
-            # A row may see none of these keys; its maximum is no number to subtract until it has seen one.
+            # A row may see none of these keys; its maximum is -inf, which cannot be subtracted, until it has seen one.
             now = tl.maximum(highest, tl.max(score, 1))
             origin = tl.where(now == float("-inf"), 0.0, now)
             weight = tl.exp(score - origin[:, None])

@@ -55,7 +55,7 @@ def test_right_tokens(served):
 @pytest.mark.parametrize(
     "served, seen",
     [([9, 8, 9], "token 0 after a prompt of 3 is 9 instead of 8"), ([8, 10, 9], "token 2 .* is 9 instead of 8")],
-    ids=["no tie", "behind a tie"],
+    ids=["no tie", "after a tie"],
 )
 def test_wrong_tokens(served, seen):
     with pytest.raises(Mistake, match=seen):

@@ -24,6 +24,7 @@ import signal
 import sys
 import traceback
 from collections import Counter
+from functools import cache
 from types import SimpleNamespace
 
 METRICS = ("yocou_self_decoder_rows", "yocou_cross_decoder_rows", "yocou_skipped_rows", "num_preemptions")
@@ -92,6 +93,17 @@ def fork_workers() -> None:
     executor.get_mp_context = lambda: context
 
 
+def override_kernels_once() -> None:
+    """Keep the C++ functions that vLLM puts in the place of Triton's kernels for the life of the process.
+
+    It sets them again for every engine, which fails in vLLM 0.32 after an engine with n-gram drafts: numba's modules
+    are not what its search expects.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    CpuPlatform.register_triton_kernel_overrides = staticmethod(cache(CpuPlatform.register_triton_kernel_overrides))
+
+
 def counted_kernels() -> Counter:
     """Calls of each of the plugin's kernels."""
     import vllm_yocou.serving.fused_attention as fused
@@ -124,6 +136,7 @@ class Engines:
         if runner == "v2-triton":
             attend_in_triton()
         self.kernels = counted_kernels() if runner == "v2-triton" else Counter()
+        override_kernels_once()
         from harness import graph_replay
 
         self.graphs = graph_replay.ReplayedGraph

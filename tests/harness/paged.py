@@ -35,6 +35,6 @@ def doubled(turned: Rotation) -> Rotation:
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Against float64: some roundings of float32, or a rounding of the dtype that was stored and one beside it."""
+    """Against float64: some roundings of float32, or two roundings of the dtype that was stored."""
     tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float8_e4m3fn: 0.13}[got.dtype]
     torch.testing.assert_close(got.double(), expected.double(), atol=tolerance, rtol=tolerance)

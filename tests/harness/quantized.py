@@ -1,4 +1,4 @@
-"""Quantized checkpoints of tiny models, each beside the reference model that computes the same numbers.
+"""Quantized checkpoints of tiny models, each with the reference model that computes the same numbers.
 
 compressed-tensors writes its own; AWQ and GPTQ are packed by vLLM's helpers. The reference holds the weights as they
 are after quantization, and rounds activations where the format does, as vLLM's kernels do: by a scale for each token.

@@ -43,7 +43,7 @@ def test_head_sizes_and_groups(heads, kv_heads, d):
 
 @pytest.mark.parametrize("window", [1, 2, 7, SLOTS, TILE - 1, TILE, TILE + 1, 100])
 def test_windows_and_their_edges(window):
-    """Decodes at, before and behind the first full window; chunks longer than the window; the first token of all."""
+    """Decodes at, before and after the first full window; chunks longer than the window; the first token of all."""
     edges = [(max(0, window + offset), 1) for offset in (-2, -1, 0, 1, 15)]
     compare(4, 2, 64, window, [*edges, (0, 1), (0, window + 3), (window, 40), (3, 129)])
 
@@ -78,9 +78,9 @@ def test_more_rows_than_tokens():
     batch = replace(paged.batch([(0, 3)], 8, SLOTS)[0], lengths_R=torch.tensor([1], dtype=torch.int32))
     q_NHd, k_NKd, v_NKd = torch.randn(3, 8, 64).split([4, 2, 2], 1)
     angles_Pd = paged.rotation(64, False).cos_sin_PD
-    behind_nothing = Rotation(torch.cat([torch.full((8, 64), float("nan")), angles_Pd])[8:])
+    before_it_nan = Rotation(torch.cat([torch.full((8, 64), float("nan")), angles_Pd])[8:])
     nowhere = torch.full((3,), -1)
-    out_NHd = window_step(q_NHd, k_NKd, v_NKd, *cache, nowhere, batch, 3, 7, 0.1, behind_nothing)
+    out_NHd = window_step(q_NHd, k_NKd, v_NKd, *cache, nowhere, batch, 3, 7, 0.1, before_it_nan)
     assert out_NHd.isfinite().all()
 
 

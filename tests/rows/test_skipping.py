@@ -21,21 +21,30 @@ def mixed(count: int, seed: int) -> list[dict]:
     requests = []
     for i in range(count):
         sampling = {"max_tokens": draw.randint(1, 12)} | ({"prompt_logprobs": 1} if i % 3 == 1 else {})
-        requests.append({"prompt": tiny.prompt(draw.randint(1, 250), seed + i), "sampling": sampling})
+        requests.append({"prompt": tiny.prompt(draw.randint(1, 4 * CHUNK), seed + i), "sampling": sampling})
     return requests
 
 
 def preempting() -> list[dict]:
-    """Eight requests that grow, token by token, until the pool cannot hold their second global blocks."""
-    return [{"prompt": tiny.prompt(100, seed), "sampling": {"max_tokens": 130}} for seed in range(8)]
+    """Eight requests that grow, token by token, until the pool cannot hold their second global blocks.
+
+    Those that come first have the shortest prompts, so that all are near the end of their first block together.
+    """
+    lengths = range(160, 200, 5)
+    return [{"prompt": tiny.prompt(length, length), "sampling": {"max_tokens": 200 - length}} for length in lengths]
 
 
-SHARED = tiny.prompt(400, seed=77)
+SHARED = tiny.prompt(210, seed=77)  # a global block and some more
 BATCHES = {
-    "mixed": mixed(16, seed=100),
+    "mixed": mixed(10, seed=100),
     "alone": [{"prompt": tiny.prompt(3 * CHUNK)}],
-    "boundaries": [{"prompt": tiny.prompt(length)} for length in (1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK)],
-    "n-best": [{"prompt": tiny.prompt(100, seed), "sampling": {"n": 3, "temperature": 1}} for seed in (8, 9)],
+    "boundaries": [
+        {"prompt": tiny.prompt(length), "sampling": {"max_tokens": 4}}
+        for length in (1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK)
+    ],
+    "n-best": [
+        {"prompt": tiny.prompt(100, seed), "sampling": {"n": 3, "temperature": 1, "max_tokens": 4}} for seed in (8, 9)
+    ],
     "first": [{"prompt": SHARED}],
     "again": [{"prompt": SHARED}, {"prompt": SHARED, "sampling": {"prompt_logprobs": 1}}],
     "preempted": preempting(),
@@ -102,10 +111,10 @@ def test_ngram_speculation_is_exact(engine_process, skips, tmp_path):
     """V2 skips under speculation too; V1 cannot tell who wants prompt log probabilities then, and skips nothing."""
     model = tiny.model(tiny.config())
     model.save_pretrained(tmp_path)
-    repeating = [{"prompt": tiny.prompt(9, seed) * 11, "sampling": {"max_tokens": 40}} for seed in range(3)]
-    # A prompt of one token beside another's decode is scheduled with drafts, which nothing was sampled before.
-    padded = [{"prompt": tiny.prompt(length, 5), "sampling": {"max_tokens": 20}} for length in (CHUNK, 1, 100)]
-    requests = [*padded, *mixed(9, seed=300), *repeating]
+    repeating = [{"prompt": tiny.prompt(9, seed) * 11, "sampling": {"max_tokens": 16}} for seed in range(2)]
+    # A prompt of one token next to another's decode is scheduled with drafts, which nothing was sampled before.
+    padded = [{"prompt": tiny.prompt(length, 5), "sampling": {"max_tokens": 8}} for length in (CHUNK, 1, 100)]
+    requests = [*padded, *mixed(4, seed=300), *repeating]
     (batch,) = engine_process.run(tmp_path, [requests], speculative_config=NGRAM)
     check(model, requests, batch.outputs)
     self_rows, cross_rows = (sum(counts) for counts in zip(*map(rows, requests), strict=True))

@@ -235,7 +235,7 @@ def test_shards(llm, folder):
 
 
 def test_files_that_a_start_does_not_read_are_not_looked_at(llm, folder):
-    """A hidden file, another model's beside an index, and all of them where weights are random or lie elsewhere."""
+    """A hidden file, another model's next to an index, and all of them where weights are random or lie elsewhere."""
     (folder / "._model.safetensors").write_bytes(b"of another system")
     load(folder)
     (folder / "adapter.safetensors").write_bytes(b"of another model")

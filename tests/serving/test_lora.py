@@ -1,4 +1,4 @@
-"""LoRA adapters as peft saves them equal merged weights: several in one batch, beside none, with rows skipped."""
+"""LoRA adapters as peft saves them equal merged weights: several in one batch, next to none, with rows skipped."""
 
 import peft
 import pytest
