@@ -6,13 +6,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
 OPTION = re.compile(r"^[A-Z]\.\s*", re.MULTILINE)
 
 
-def piqa(rows: list[dict]):
+def piqa(rows: list[dict]) -> Iterator[dict]:
     """Question, two solutions and the index of the right one; rows without a usable answer are left out."""
     for row in rows:
         if "answer" not in row or "options" not in row:
@@ -24,7 +25,7 @@ def piqa(rows: list[dict]):
             yield {"question": row["question"].strip(), "choices": choices, "gold": choices.index(answer)}
 
 
-def boolq(rows: list[dict]):
+def boolq(rows: list[dict]) -> Iterator[dict]:
     """Passage, question, and 1 where the answer is yes."""
     for row in rows:
         if "answer" in row:

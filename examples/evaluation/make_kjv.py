@@ -8,6 +8,7 @@ import json
 import random
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -18,7 +19,7 @@ CONTEXT = 4  # verses shown
 ITEMS = 200
 
 
-def next_verse(chapters: list[corpus.Chapter], shuffler: random.Random):
+def next_verse(chapters: list[corpus.Chapter], shuffler: random.Random) -> Iterator[dict]:
     """The three wrong verses come from other held-out chapters."""
     while True:
         chapter = shuffler.choice(chapters)
@@ -31,7 +32,7 @@ def next_verse(chapters: list[corpus.Chapter], shuffler: random.Random):
         yield {"context": context, "choices": choices, "gold": choices.index(right)}
 
 
-def last_word(chapters: list[corpus.Chapter], shuffler: random.Random):
+def last_word(chapters: list[corpus.Chapter], shuffler: random.Random) -> Iterator[dict]:
     while True:
         chapter = shuffler.choice(chapters)
         at = shuffler.randrange(1, len(chapter.verses))

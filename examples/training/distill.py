@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import loss
 import torch
@@ -33,8 +33,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerControl,
     TrainingArguments,
     set_seed,
 )
@@ -57,7 +59,7 @@ def refuse(reason: str) -> NoReturn:
     sys.exit(2)
 
 
-def read_rows(files: list[Path], tokenizer, tokens: int) -> Dataset:
+def read_rows(files: list[Path], tokenizer: PreTrainedTokenizerBase, tokens: int) -> Dataset:
     """All documents, one after the other with an end of text between them, as rows of `tokens` token ids."""
     parts = []
     for file in files:
@@ -96,14 +98,22 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 class Distillation(Trainer):
     """A Trainer whose student learns from `teacher`; the weights of the loss are those on the command line."""
 
-    def __init__(self, *, teacher: PreTrainedModel, next_token: float, hidden: float, hidden_layer: int, **settings):
+    def __init__(
+        self, *, teacher: PreTrainedModel, next_token: float, hidden: float, hidden_layer: int, **settings: Any
+    ):
         super().__init__(**settings)
         self.teacher = teacher.to(self.args.device)  # type: ignore[arg-type]  # transformers hides that it is a method
         self.next_token, self.hidden, self.hidden_layer = next_token, hidden, hidden_layer
         # All rows are of one length, so that the mean over a batch is divided by the accumulation steps, no more.
         self.model_accepts_loss_kwargs = False
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         student = model(**inputs, use_cache=False, output_hidden_states=bool(self.hidden))
         total = student.loss
         if model.training:
@@ -125,16 +135,20 @@ class Distillation(Trainer):
 class StepClock(TrainerCallback):
     """Seconds spent in steps, without evaluation and saving, and the tokens of all devices in them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.s, self.tokens, self.started_s, self.seen = 0.0, 0, 0.0, 0
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.seen = state.num_input_tokens_seen
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.started_s = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.s += time.perf_counter() - self.started_s

@@ -79,20 +79,20 @@ def model_config(tokenizer: PreTrainedTokenizerFast, iterations: int) -> YocoUCo
     )
 
 
-def plain(tokenizer, chapter: corpus.Chapter) -> list[int]:
+def plain(tokenizer: PreTrainedTokenizerFast, chapter: corpus.Chapter) -> list[int]:
     return [tokenizer.bos_token_id, *tokenizer.encode(chapter.text + "\n", add_special_tokens=False)]
 
 
-def dialogue(tokenizer, chapter: corpus.Chapter) -> list[int]:
+def dialogue(tokenizer: PreTrainedTokenizerFast, chapter: corpus.Chapter) -> list[int]:
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": verse} for i, verse in enumerate(chapter.verses)]
-    return tokenizer.apply_chat_template(messages, return_dict=False)
+    return tokenizer.apply_chat_template(messages, return_dict=False)  # type: ignore[return-value]  # one of many
 
 
 class Rows(Dataset):
     """Rows of SEQUENCE consecutive tokens; each pass over the corpus has its own order of chapters and dialogues."""
 
-    def __init__(self, tokenizer, chapters: list[corpus.Chapter], rows: int, seed: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, chapters: list[corpus.Chapter], rows: int, seed: int):
         order: list[list[int]] = []
         shuffler = random.Random(seed)
         plain_texts = [plain(tokenizer, chapter) for chapter in chapters]
@@ -110,7 +110,7 @@ class Rows(Dataset):
         return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
-def pieces(tokenizer, chapters: list[corpus.Chapter]) -> list[torch.Tensor]:
+def pieces(tokenizer: PreTrainedTokenizerFast, chapters: list[corpus.Chapter]) -> list[torch.Tensor]:
     """Held-out chapters cut into rows of at most SEQUENCE tokens. The first token of a row is given, not scored."""
     rows = [row for chapter in chapters for row in torch.tensor(plain(tokenizer, chapter)).split(SEQUENCE)]
     return [row for row in rows if len(row) > 1]
