@@ -141,8 +141,10 @@ def test_rows_hold_the_text_once(distill, material):
     tokenizer = AutoTokenizer.from_pretrained(material / "made")
     (text,) = (distill.read_rows([material / "text.txt"], tokenizer, 48),)
     lines = distill.read_rows([material / "text.jsonl"], tokenizer, 48)
-    assert TEXT.startswith(tokenizer.decode(sum(text["input_ids"], [])))
-    assert TEXT.replace("\n", "<end>").startswith(tokenizer.decode(sum(lines["input_ids"], [])))
+    assert TEXT.startswith(tokenizer.decode([token for row in text["input_ids"] for token in row]))
+    assert TEXT.replace("\n", "<end>").startswith(
+        tokenizer.decode([token for row in lines["input_ids"] for token in row])
+    )
     (material / "some.jsonl").write_text('{"id": 0, "text": null}\n' + (material / "text.jsonl").read_text())
     assert distill.read_rows([material / "some.jsonl"], tokenizer, 48)["input_ids"] == lines["input_ids"]
     training, held_out = distill.split(text, 3)

@@ -26,7 +26,8 @@ def test_training_writes_a_checkpoint_that_loads(tmp_path):
     reader.write_text(READER)
     reader.chmod(0o755)
     output = tmp_path / "trained"
-    command = [sys.executable, ROOT / "examples" / "training" / "train.py", "--corpus", tmp_path / "corpus", "--output", output]
+    script = ROOT / "examples" / "training" / "train.py"
+    command = [sys.executable, script, "--corpus", tmp_path / "corpus", "--output", output]
     settings = ["--steps", "3", "--batch", "1", "--iterations", "2"]
     done = subprocess.run([*map(str, command), *settings], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr[-3000:]
