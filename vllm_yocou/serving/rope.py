@@ -18,7 +18,10 @@ class Yoco2024RotaryEmbedding(RotaryEmbedding):
     """vLLM's rotary embedding with the frequencies of the 2024 YOCO code."""
 
     def _compute_inv_freq(self, base: float) -> torch.Tensor:
-        return inverse_frequencies(self.rotary_dim, {"rope_type": "yoco2024", "rope_theta": base}, torch.float)
+        # By name: `with torch.device(...)`, in which vLLM builds models, misses torch.linspace where transformers has
+        # loaded a model in this process before, since it replaces that function while torch lists what takes a device.
+        device = torch.get_default_device()
+        return inverse_frequencies(self.rotary_dim, {"rope_type": "yoco2024", "rope_theta": base}, torch.float, device)
 
 
 # One layer is shared by all callers, like vLLM's own: a table of a million positions takes hundreds of megabytes.
