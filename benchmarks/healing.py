@@ -117,7 +117,8 @@ def measure(source: Path, text: Path, steps: int, limit: int, folder: Path, more
         add(perplexity["before"], each.start, model="after initialisation", T=t)
         add(perplexity["after"], each.healed, model="after healing", T=t)
     progress("decode steps in vLLM")
-    of_all: list[dict[str, Key]] = [{"model": SOURCE}, *({"T": t} for t in made)]
+    of_all: list[dict[str, Key]] = [{"model": SOURCE}]
+    of_all += [{"T": t} for t in made]
     costs = serve([source, *(model.healed for model in made.values())])
     for of, (held, times) in zip(of_all, costs, strict=True):
         result.add("KV cache", "MiB", held / 2**20, **of)

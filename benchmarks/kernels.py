@@ -41,7 +41,9 @@ TRITON = "vLLM's Triton"
 Contestants = dict[str, Callable[[], torch.Tensor]]
 
 
-def decodes(requests: int, context: int, block: int, caches: int, dtype: torch.dtype):
+def decodes(
+    requests: int, context: int, block: int, caches: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, Batch, torch.Tensor]:
     """One row of each request at the end of its `context` tokens: (keys, values, batch, slots), as the engine packs."""
     blocks_each = triton.cdiv(context, block)
     table_RX = torch.randperm(requests * blocks_each).view(requests, blocks_each).int()
@@ -49,10 +51,18 @@ def decodes(requests: int, context: int, block: int, caches: int, dtype: torch.d
     pool_BLSKd = torch.randn(requests * blocks_each, caches, block, K, 2 * d, dtype=dtype)
     last = context - 1
     slots_N = table_RX[:, last // block].long() * block + last % block
-    return *pool_BLSKd[:, caches // 2].chunk(2, dim=-1), batch, slots_N
+    keys, values = pool_BLSKd[:, caches // 2].chunk(2, dim=-1)
+    return keys, values, batch, slots_N
 
 
-def vllm_attention(q_NHd, keys, values, batch: Batch, context: int, window: int | None = None) -> Contestants:
+def vllm_attention(
+    q_NHd: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: Batch,
+    context: int,
+    window: int | None = None,
+) -> Contestants:
     """vLLM's attention kernels that run on this machine, over the same cache."""
     out_NHd = torch.empty_like(q_NHd)
     common = dict(
@@ -93,7 +103,9 @@ def vllm_attention(q_NHd, keys, values, batch: Batch, context: int, window: int 
     return found
 
 
-def xformers_attention(q_NHd, keys, values, batch: Batch, context: int) -> Contestants:
+def xformers_attention(
+    q_NHd: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, context: int
+) -> Contestants:
     """Memory-efficient attention over a copy of the cache without blocks, which is the easier task."""
     if importlib.util.find_spec("xformers") is None or not current_platform.is_cuda():
         return {}
@@ -158,7 +170,9 @@ def window_steps(requests: int, context: int, dtype: torch.dtype) -> Contestants
             normed_NHd = torch.nn.functional.rms_norm(heads(x_NX), norm_d.shape, norm_d, 1e-6)
             out_NHd.copy_(turned(rotation, normed_NHd, positions_N))
 
-    def separately(name: str, prepare: Callable[[], None], attention: Callable[[], torch.Tensor]):
+    def separately(
+        name: str, prepare: Callable[[], None], attention: Callable[[], torch.Tensor]
+    ) -> Callable[[], torch.Tensor]:
         write = triton_reshape_and_cache_flash if name == TRITON else ops.reshape_and_cache_flash
 
         def step() -> torch.Tensor:

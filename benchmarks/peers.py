@@ -83,7 +83,7 @@ def peers(sizes: Sizes) -> dict[str, tuple[PretrainedConfig, dict[str, Any]]]:
     ours = config(sizes.shape, **sizes.changed)
     layers, passes = ours.num_hidden_layers, ours.num_iterations * ours.num_self_decoder_layers
 
-    def llama(layers: int, architecture: str = "LlamaForCausalLM", **more) -> LlamaConfig:
+    def llama(layers: int, architecture: str = "LlamaForCausalLM", **more: Any) -> LlamaConfig:
         same = "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim rms_norm_eps"
         kept = {key: getattr(ours, key) for key in (*same.split(), "max_position_embeddings")}
         return LlamaConfig(**kept, num_hidden_layers=layers, architectures=[architecture], **more)

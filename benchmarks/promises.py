@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ class Report:
     mistakes: dict[str, list[str]] = field(default_factory=dict)
     idle: dict[str, tuple[str, float]] = field(default_factory=dict)  # unit and figure of the idle server, by name
 
-    def check(self, function, *arguments) -> None:
+    def check(self, function: Callable[..., None], *arguments: Any) -> None:
         try:
             function(*arguments)
         except Mistake as mistake:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ class Server:
 
 
 @contextmanager
-def serving(command: list[str], log: Path, ready: str = READY, limit_s: int = 1200):
+def serving(command: list[str], log: Path, ready: str = READY, limit_s: int = 1200) -> Iterator[Server]:
     """`command` with --port, a `Server` from the moment that its log says `ready`."""
     port = free_port()
     with log.open("w") as out:

@@ -11,12 +11,15 @@ import argparse
 import asyncio
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import aiohttp
 import psutil
@@ -82,6 +85,9 @@ BAD = [
 ]
 
 
+PostRequest = AbstractAsyncContextManager[aiohttp.ClientResponse]
+
+
 class Client:
     """One request after the other, each of a kind that its generator draws; the methods below are the kinds."""
 
@@ -111,12 +117,14 @@ class Client:
         expected = self.random.choice(self.pool)
         return expected, self.random.randint(1, len(expected.tokens))
 
-    def post(self, session: aiohttp.ClientSession, expected: Expected, tokens: int, **settings):
+    def post(self, session: aiohttp.ClientSession, expected: Expected, tokens: int, **settings: Any) -> PostRequest:
         greedy = dict(temperature=0, ignore_eos=True, return_token_ids=True)
         body = dict(model=self.server.model, prompt=expected.prompt, max_tokens=tokens) | greedy | settings
         return session.post(f"{self.server.url}/v1/completions", json=body)
 
-    async def answer(self, session, expected: Expected, tokens: int, **settings) -> list[dict]:
+    async def answer(
+        self, session: aiohttp.ClientSession, expected: Expected, tokens: int, **settings: Any
+    ) -> list[dict]:
         """The choices."""
         async with self.post(session, expected, tokens, **settings) as response:
             if response.status != 200:
@@ -134,30 +142,30 @@ class Client:
         self.report.tokens[self.kind] += tokens
         self.reference.check_tokens(expected, served)
 
-    async def whole(self, session) -> None:
+    async def whole(self, session: aiohttp.ClientSession) -> None:
         expected, tokens = self.draw()
         (choice,) = await self.answer(session, expected, tokens)
         self.compare(expected, choice["token_ids"], tokens)
 
-    async def at_the_limit(self, session) -> None:
+    async def at_the_limit(self, session: aiohttp.ClientSession) -> None:
         expected = self.random.choice(self.pool[-2:])
         tokens = CONTEXT - len(expected.prompt)
         (choice,) = await self.answer(session, expected, tokens)
         self.compare(expected, choice["token_ids"], tokens)
 
-    async def several(self, session) -> None:
+    async def several(self, session: aiohttp.ClientSession) -> None:
         """Sampled among the best one alone: vLLM refuses n > 1 at temperature 0."""
         expected, tokens = self.draw()
         for choice in await self.answer(session, expected, tokens, n=3, temperature=1, top_k=1):
             self.compare(expected, choice["token_ids"], tokens)
 
-    async def scored(self, session) -> None:
+    async def scored(self, session: aiohttp.ClientSession) -> None:
         expected, tokens = self.draw()
         (choice,) = await self.answer(session, expected, tokens, prompt_logprobs=0)
         check_logprobs(expected, choice["prompt_logprobs"])
         self.compare(expected, choice["token_ids"], tokens)
 
-    async def structured(self, session) -> None:
+    async def structured(self, session: aiohttp.ClientSession) -> None:
         expected, _ = self.draw()
         room = CONTEXT - len(expected.prompt)
         form = {"choice": CHOICES}
@@ -169,20 +177,20 @@ class Client:
         if not any(text == form or (cut and form.startswith(text)) for form in CHOICES):
             raise Mistake("structured output has its form", f"{text!r} is none of {', '.join(CHOICES)}")
 
-    async def sampled(self, session) -> None:
+    async def sampled(self, session: aiohttp.ClientSession) -> None:
         expected, tokens = self.draw()
         (choice,) = await self.answer(session, expected, tokens, temperature=1)
         if len(choice["token_ids"]) != tokens:
             raise Mistake("answers are whole", f"{len(choice['token_ids'])} of {tokens} tokens for {self.kind}")
 
-    async def streamed(self, session) -> None:
+    async def streamed(self, session: aiohttp.ClientSession) -> None:
         expected, tokens = self.draw()
         async with self.post(session, expected, tokens, stream=True) as response:
             served = [token async for token in streamed_tokens(response)]
         self.report.answered[self.kind] += 1
         self.compare(expected, served, tokens)
 
-    async def aborted(self, session) -> None:
+    async def aborted(self, session: aiohttp.ClientSession) -> None:
         """Ask for all that the context has room for, leave after some of it, or before any."""
         expected, tokens = self.draw()
         wanted, served = self.random.choice((0, tokens)), []
@@ -198,7 +206,7 @@ class Client:
         self.report.aborted[self.kind] += 1
         self.compare(expected, served, wanted)
 
-    async def bad(self, session) -> None:
+    async def bad(self, session: aiohttp.ClientSession) -> None:
         body, word = self.random.choice(BAD)
         if isinstance(body, dict):
             body = json.dumps(dict(model=self.server.model, max_tokens=4) | body).encode()
@@ -212,7 +220,7 @@ class Client:
 KINDS = dict(whole=4, streamed=4, aborted=4, at_the_limit=1, several=2, scored=2, structured=2, sampled=1, bad=4)
 
 
-async def streamed_tokens(response: aiohttp.ClientResponse):
+async def streamed_tokens(response: aiohttp.ClientResponse) -> AsyncIterator[int]:
     if response.status != 200:
         raise Mistake("good requests are answered 200", f"{response.status} for a stream: {await response.text()}")
     async for line in response.content:
@@ -261,7 +269,7 @@ def idle_usage(server: Server) -> float:
     return metric(server, "kv_cache_usage_perc")
 
 
-def memory(process) -> int:
+def memory(process: subprocess.Popen) -> int:
     """Bytes that a process and its children have for themselves.
 
     Not the resident set: that has pages of libraries, which the kernel drops and reads again as it likes (seen: a

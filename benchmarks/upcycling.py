@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -53,7 +54,9 @@ def choices(layers: int) -> tuple[Choices, Choices]:
     return healed, started
 
 
-def build(source: Path, iterations: int = 1, cross_rope: bool = True, scale: float = 1.0, **chosen) -> YocoUForCausalLM:
+def build(
+    source: Path, iterations: int = 1, cross_rope: bool = True, scale: float = 1.0, **chosen: Any
+) -> YocoUForCausalLM:
     """What `vllm-yocou upcycle` would write, without writing it; `scale` multiplies what self layers add to x."""
     asked = Upcycling(iterations, WINDOW, cross_rope, **chosen)
     plan = plan_of(recognise("upcycle", source, asked), source / "nowhere", dtype="float32")
@@ -68,7 +71,7 @@ def build(source: Path, iterations: int = 1, cross_rope: bool = True, scale: flo
 
 
 @torch.inference_mode()
-def nats(model, rows: torch.Tensor) -> torch.Tensor:
+def nats(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
     """Next-token loss of each of the rows (R, N), as (R,)."""
     return torch.tensor([model(row[None], labels=row[None], use_cache=False).loss.item() for row in rows])
 

@@ -81,7 +81,7 @@ def test_a_longest_query_of_one_means_one_query_a_request(selected, padding, lon
 
 def test_another_backend_is_refused_if_chosen_and_replaced_if_not():
     with pytest.raises(
-        ValueError, match="FLEX_ATTENTION cannot be used with YOCO-U: .* CPU_ATTN, FLASH_ATTN, TRITON_ATTN"
+        ValueError, match=r"FLEX_ATTENTION cannot be used with YOCO-U: .* CPU_ATTN, FLASH_ATTN, TRITON_ATTN"
     ):
         served_backend(FlexAttentionBackend, chosen_by_user=True)
     assert served_backend(FlexAttentionBackend, chosen_by_user=False).get_name() == "TRITON_ATTN"

@@ -82,7 +82,7 @@ def test_compiled_code_is_not_shared_with_and_without_kernels(checkpoint, monkey
 
 def test_a_draft_model_is_refused(checkpoint):
     draft = {"method": "draft_model", "model": checkpoint, "num_speculative_tokens": 2}
-    with pytest.raises(ValueError, match="by 'draft_model' cannot be used with YOCO-U: .* use 'ngram'"):
+    with pytest.raises(ValueError, match=r"by 'draft_model' cannot be used with YOCO-U: .* use 'ngram'"):
         configured(checkpoint, speculative_config=draft)
 
 

@@ -8,7 +8,7 @@ from vllm_yocou.serving.rope import Yoco2024RotaryEmbedding
 
 
 def test_the_table_of_the_2024_code_is_where_the_model_is(monkeypatch):
-    """Seen on a GPU after transformers had loaded the reference model in the same process: half of it was on the CPU."""
+    """Seen on a GPU, after transformers had loaded a model in the same process: half of the table was on the CPU."""
     constructors = device_mode._device_constructors() - {torch.linspace}
     monkeypatch.setattr(device_mode, "_device_constructors", lambda: constructors)
     with set_current_vllm_config(VllmConfig()), torch.device("meta"):

@@ -13,10 +13,11 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, Metric
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -70,10 +71,10 @@ class RowCounters:
 class RowCollector:
     """The server's side: one for the process, over the directories of all engines that it has started."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.directories: list[Path] = []
 
-    def collect(self):
+    def collect(self) -> Iterable[Metric]:
         return MultiProcessCollector.merge([str(file) for where in self.directories for file in where.glob("*.db")])
 
 

@@ -1,5 +1,7 @@
 """How vLLM's V2 runner tells the row selection about its requests: a model may bring a `ModelState` of its own."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -10,7 +12,7 @@ from vllm_yocou.rows.hand_over import row_slots
 
 
 class YocoUModelState(DefaultModelState):
-    def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache, device: torch.device):
+    def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device):
         super().__init__(vllm_config, model, encoder_cache, device)
         (slots,) = row_slots(vllm_config)
         self.requests = slots.requests
