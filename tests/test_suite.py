@@ -74,6 +74,13 @@ def test_figures_of_every_worker_are_printed(pytester, monkeypatch):
     printed.fnmatch_lines(["*served model against the reference*", "*1.0e-06 of *test_a*", "*2.0e-06 of *test_b*"])
 
 
+def test_a_group_reaches_the_scheduler(pytester):
+    """pytest-xdist knows a group by the end of a test's id; pytest 9.2 builds ids anew, and every group falls apart."""
+    pytester.makepyfile("import pytest\n@pytest.mark.xdist_group('together')\ndef test_a(): pass")
+    printed = pytester.runpytest_subprocess("-n", "1", "--dist", "loadgroup", "-v").stdout
+    printed.fnmatch_lines(["*::test_a@together*"])
+
+
 def test_a_failed_start_leaves_nothing_to_the_next(engine, tmp_path):
     model = tiny.model(tiny.config(qk_norm="self"))
     model.save_pretrained(tmp_path)
