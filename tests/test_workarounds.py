@@ -9,16 +9,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from harness import tiny
 from harness.checkout import needs_compiler
 from vllm.compilation.decorators import _try_load_aot_compiled_fn
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.attention.selector import get_attn_backend
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.version import __version_tuple__
 
 from vllm_yocou import workarounds
+from vllm_yocou.rows.hand_over import RowOwner, RowSlots
+from vllm_yocou.serving.backend import row_selecting_backend
+from vllm_yocou.serving.packing import GlobalCacheSpec
 
 
 def faulty(workaround: str) -> bool:
@@ -85,6 +91,26 @@ def test_check_cache_dtype():
     with set_current_vllm_config(VllmConfig()), suppress(ValueError):
         selected = get_attn_backend(32, torch.float32, dtype)
     assert (selected is not None and not selected.supports_kv_cache_dtype(dtype)) == faulty("check_cache_dtype")
+
+
+def test_widen_decode_scratch(tmp_path, monkeypatch):
+    """Heads of 64 in the cross-decoder where `head_dim` is 32: vLLM's builder has room for 32, ours for 64."""
+    tiny.config(cross_head_dim=64, architectures=["YocoUForCausalLM"]).save_pretrained(tmp_path)
+    settings = dict(skip_tokenizer_init=True, dtype="float32", load_format="dummy", enforce_eager=True)
+    vllm_config = EngineArgs(model=str(tmp_path), **settings).create_engine_config()
+    monkeypatch.setattr("vllm_yocou.serving.backend.get_tensor_model_parallel_rank", lambda: 1)  # which counts no rows
+    owner = RowOwner()
+    owner.rows = RowSlots(4)
+    vllm_config.compilation_config.static_forward_context["global"] = owner
+    spec = GlobalCacheSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)
+
+    def width(backend: type) -> int:
+        with set_current_vllm_config(vllm_config):
+            builder = backend.get_builder_cls()(spec, ["global"], vllm_config, torch.device("cpu"))
+        return builder.softmax_segm_output.shape[-1]
+
+    assert (width(TritonAttentionBackend) < 64) == faulty("widen_decode_scratch")
+    assert width(row_selecting_backend(TritonAttentionBackend)) == 64
 
 
 def test_refuse_expert_parallel():

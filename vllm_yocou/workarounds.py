@@ -23,6 +23,7 @@ FAULTY_UP_TO = {
     "spare_rows_without_adapter": "0.32",
     "refuse_seed": "0.33",
     "check_cache_dtype": "0.32",
+    "widen_decode_scratch": "0.32",
     "refuse_expert_parallel": "0.33",
 }
 
@@ -108,6 +109,23 @@ def check_cache_dtype(backend: "type[AttentionBackend]", cache_dtype: "CacheDTyp
             f"--kv-cache-dtype {cache_dtype} cannot be used with the attention backend {backend.get_name()}: its "
             f"kernels read {', '.join(backend.supported_kv_cache_dtypes)}, choose one of these."
         )
+
+
+def widen_decode_scratch(builder: Any, head_size: int) -> None:
+    """Make room for the partial results of Triton's decode kernel, as wide as a padded head of the builder's cache.
+
+    vLLM makes room for heads of the model's `head_dim` in every layer, and the kernel writes past it in a layer of
+    wider heads. Seen on an H100 with `cross_head_dim` twice `head_dim`: log probabilities off by 2.9.
+
+    Args:
+        builder: a metadata builder; those of other backends have no such scratch.
+        head_size: of the cache that it builds for.
+    """
+    from vllm.utils.math_utils import next_power_of_2
+
+    scratch, width = getattr(builder, "softmax_segm_output", None), next_power_of_2(head_size)
+    if scratch is not None and scratch.shape[-1] < width:
+        builder.softmax_segm_output = scratch.new_empty(*scratch.shape[:-1], width)
 
 
 def refuse_expert_parallel(vllm_config: "VllmConfig") -> None:

@@ -26,7 +26,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from vllm_yocou.rows.hand_over import StepRows, row_slots
 from vllm_yocou.rows.metrics import RowCounters
 from vllm_yocou.rows.selection import RowSelector, SelectedRows
-from vllm_yocou.workarounds import check_cache_dtype
+from vllm_yocou.workarounds import check_cache_dtype, widen_decode_scratch
 
 # vLLM's backends that this plugin builds on, and the KV layouts in which it runs them. The CPU's kernel reads
 # head-major pages and takes the stride between blocks from the tensor; CUDA's take any layout.
@@ -135,6 +135,7 @@ class RowSelecting:
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]  # a builder's
+        widen_decode_scratch(self, kv_cache_spec.head_size)
         (self.slots,) = row_slots(vllm_config)
         self.selector = RowSelector(vllm_config, self.slots.requests)
         self.counters = RowCounters(vllm_config) if get_tensor_model_parallel_rank() == 0 else None
