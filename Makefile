@@ -12,7 +12,8 @@ CONSTRAINTS ?= packaging/cpu/constraints.txt
 SERVING := .venv/serving
 TESTING := .venv/testing
 PYTEST := $(BIN)/python -m pytest
-TWO_WORKERS := -n 2 --dist loadgroup
+# In the order of tests/harness/tiers.py, not by the number of tests in a group.
+TWO_WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 
 # vLLM compiles small functions on first use, for which torch needs a C++ compiler; without one they run as they are.
 ifeq ($(shell command -v g++),)
