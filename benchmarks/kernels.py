@@ -94,7 +94,7 @@ def vllm_attention(
         softmax_segm_expsum=torch.empty(rows, H, parts, dtype=torch.float32),
     )
     found = {TRITON: in_triton}
-    if current_platform.is_cuda():
+    if current_platform.is_cuda() and q_NHd.dtype != torch.float32:  # which FlashAttention refuses
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
         version = get_flash_attn_version()
