@@ -6,6 +6,7 @@ one section for each machine that has a result
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from benchmarks.registry import TABLES
 from benchmarks.results import FOLDER, ROOT, Result
 
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 START = re.compile(r"^<!-- results: (.*) -->$", re.MULTILINE)
 BLOCK = re.compile(r"^(<!-- results: (.*?) -->\n).*?^(<!-- end -->)$", re.MULTILINE | re.DOTALL)
 SOURCE = "Source"  # of a picture: the digest of the result that it shows
@@ -49,7 +50,7 @@ def block(name: str, page: Path) -> str:
     for result in Result.all_of(name):
         sections.append(section(result))
         if TABLES[name].draw is not None:
-            link = picture(result).relative_to(page.parent)
+            link = Path(os.path.relpath(picture(result), page.parent)).as_posix()
             sections.append(f"![{TABLES[name].picture}, {result.machine}]({link})")
     return "\n\n".join(sections)
 

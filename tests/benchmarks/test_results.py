@@ -165,6 +165,17 @@ def test_a_picture_of_another_result_is_seen(page):
     assert render.mistakes() == [f"t_sweep.png of {XEON} shows another result."]
 
 
+def test_a_page_of_another_folder_links_to_the_picture(page, monkeypatch):
+    guide = page.parent / "docs" / "guide.md"
+    guide.parent.mkdir()
+    guide.write_text("<!-- results: t_sweep -->\n<!-- end -->\n")
+    monkeypatch.setattr(render, "PAGES", (guide,))
+    t_sweep(XEON).save()
+    render.write()
+    link = "../results/2-cores-intel-xeon-2.80ghz/t_sweep.png"
+    assert f"]({link})" in guide.read_text() and (guide.parent / link).exists()
+
+
 def test_a_result_that_no_page_shows_is_seen(page):
     t_sweep(XEON).save()
     render.write()
@@ -192,7 +203,7 @@ def test_a_marker_within_a_sentence_is_not_a_block(page):
 def test_the_pages_follow_from_the_results():
     """A number that was pasted into a table of the READMEs fails here: `python -m benchmarks render` puts it right."""
     assert render.mistakes() == []
-    assert {result.table for result in render.results()} >= set(TABLES) - {"peers_paper", "kernels"}
+    assert {result.table for result in render.results()} >= set(TABLES) - {"peers_paper"}
 
 
 def test_results_are_kept_under_their_own_names():
@@ -201,14 +212,15 @@ def test_results_are_kept_under_their_own_names():
 
 
 def test_every_value_has_a_unit_or_is_a_pure_number():
-    """A transcribed result says so in a sentence; a measured one names its commit and its processor."""
+    """A transcribed result says so in a sentence; a measured one names its commit, and its GPU or processor."""
     for result in render.results():
         assert result.measurements and all(one.runs for one in result.measurements), result.path
         assert result.commit and result.date
         if result.transcribed:
             assert result.remark.endswith(".") and "individual runs were not kept" in result.remark
         else:
-            assert result.environment["processor"]["features"] and result.environment["versions"]["vllm"]
+            assert result.environment["versions"]["vllm"] and result.machine == results.machine(result.environment)
+            assert result.environment["platform"]["gpus"] or result.environment["processor"]["features"]
 
 
 def benchmarks(*words: str) -> subprocess.CompletedProcess[str]:
