@@ -50,9 +50,7 @@ def models(what: str, sizes: Sizes) -> dict[str, Model]:
         return ours, room | dict(max_num_batched_tokens=tokens, additional_config=additional)
 
     found = {in_chunks(tokens): chunked(tokens) for tokens in CHUNKS[what]}
-    if what == "decode":
-        found[KERNELS] = chunked(CHUNKS[what][0], kernels=True)
-    return found | {LIKE_PAPER: those[LIKE_PAPER]}
+    return found | {KERNELS: chunked(CHUNKS[what][0], kernels=True), LIKE_PAPER: those[LIKE_PAPER]}
 
 
 @contextmanager

@@ -137,7 +137,7 @@ def gpu_exactness_note(result: Result) -> str:
 TABLES = (
     Table(
         name="gpu_prefill",
-        about="Prompts of the paper's shape by tokens a step, with and without row skipping; --long adds 256K",
+        about="Prompts of the paper's shape by tokens a step, with and without row skipping",
         needs="a GPU with 40 GiB free",
         takes="10 minutes on a GPU, by estimate",
         rows=gpu_prefill_rows,

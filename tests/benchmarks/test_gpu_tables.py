@@ -189,18 +189,18 @@ def test_prefill_is_measured_in_both_ways_on_one_engine_at_a_time(engines):
 
     result = gpu.measure("prefill", {K: 3, 4 * K: 1}, load_format="dummy")
     *ours, theirs = engines
-    assert [one.settings["max_num_batched_tokens"] for one in ours] == [K, 8 * K, 16 * K]
-    assert all(one.settings["additional_config"] == {"yocou": {"lower_chunk": False}} for one in ours)
+    assert [one.settings["max_num_batched_tokens"] for one in ours] == [K, 8 * K, 16 * K, K]
+    options = [one.settings["additional_config"]["yocou"] for one in ours]
+    assert options == [{"lower_chunk": False}] * 3 + [{"lower_chunk": False, "kernels": True}]
     assert "max_num_batched_tokens" not in theirs.settings and theirs.cfg.num_hidden_layers == 20
     assert not any(one.alive for one in engines)
-    assert result.settings["chunks"] == {in_chunks(K): K, in_chunks(8 * K): 8 * K, in_chunks(16 * K): 16 * K} | {
-        LIKE_PAPER: 4 * K
-    }
+    chunks = {in_chunks(tokens): tokens for tokens in (K, 8 * K, 16 * K)} | {KERNELS: K, LIKE_PAPER: 4 * K}
+    assert result.settings["chunks"] == chunks
     assert result.runs("first token", tokens=K, model=in_chunks(K), way=EVERY_ROW) == [2.0] * 3
     assert result.runs("first token", tokens=K, model=in_chunks(K), way=SKIPPING) == [1.0] * 3
     assert result.runs("first token", tokens=4 * K, model=LIKE_PAPER, way=SKIPPING) == []
     assert all(selector.may_skip for one in engines for selector in one.selectors)
-    assert "medians of 3/1" in TABLES["gpu_prefill"].note(result) and len(shown(result)) == 8
+    assert "medians of 3/1" in TABLES["gpu_prefill"].note(result) and len(shown(result)) == 10
 
 
 def test_decode_is_measured_where_the_requests_fit(engines):
