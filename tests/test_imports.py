@@ -34,6 +34,7 @@ def imported_rooms(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module == "vllm_yocou":
             names += [f"vllm_yocou.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import hides its room"
             names.append(node.module or "")
     found = {name.split(".")[1] for name in names if name.startswith("vllm_yocou.")}
     return {room if room in FLOOR else "__init__" for room in found}

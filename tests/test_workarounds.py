@@ -4,7 +4,7 @@ A test that fails here says that a workaround can go: after the last supported v
 """
 
 import inspect
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +16,13 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.v1 import kv_cache_spec_registry
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.attention.selector import get_attn_backend
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.version import __version_tuple__
 
@@ -40,10 +45,11 @@ def test_every_workaround_is_listed():
         if inspect.isfunction(value) and value.__module__ == workarounds.__name__ and not name.startswith("_")
     }
     assert ours == set(workarounds.FAULTY_UP_TO)
+    assert {f"test_{name}" for name in ours} <= set(globals())
 
 
 @needs_compiler
-def test_loading_of_saved_code(tmp_path):
+def test_loading_of_saved_code(tmp_path, trains):
     """What torch's own backend saved cannot finish loading, and vLLM asks it to."""
     compiled = torch.compile(lambda x: x * 2 + 1, fullgraph=True).aot_compile(((torch.ones(3),), {}))
     compiled.save_compiled_function(str(tmp_path / "code"))
@@ -118,3 +124,33 @@ def test_refuse_expert_parallel():
     accepted = CPUUnquantizedExperts._supports_parallel_config(None)
     ignored = inspect.getsource(CPUUnquantizedExperts.apply).count("expert_map") == 1
     assert (accepted and ignored) == faulty("refuse_expert_parallel")
+
+
+def test_warn_of_seed():
+    """vLLM asks logits processors about a request's parameters, and takes none under speculative decoding."""
+    takes_none = "speculative" in inspect.getsource(build_logitsprocs)
+    assert takes_none == faulty("warn_of_seed")
+
+
+def test_fill_spec_registry(monkeypatch):
+    """A plugin's spec in an empty registry keeps vLLM's own out."""
+    registry = kv_cache_spec_registry.KVCacheSpecRegistry
+
+    def registered(before) -> set[type]:
+        monkeypatch.setattr(kv_cache_spec_registry, "_REGISTRY_KVCACHESPEC_LIST", {})
+        before()
+        registry.register(GlobalCacheSpec, FullAttentionManager, FullAttentionSpec)
+        registry._ensure_registered()
+        return set(kv_cache_spec_registry._REGISTRY_KVCACHESPEC_LIST)
+
+    assert (FullAttentionSpec not in registered(lambda: None)) == faulty("fill_spec_registry")
+    assert {FullAttentionSpec, GlobalCacheSpec} <= registered(workarounds.fill_spec_registry)
+
+
+def test_as_float_factor():
+    """vLLM iterates over a factor that is not a float."""
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3}
+    with set_current_vllm_config(VllmConfig()):
+        with pytest.raises(TypeError, match="not iterable") if faulty("as_float_factor") else nullcontext():
+            get_rope(32, 64, rope_parameters=rope)
+        assert len(get_rope(32, 64, rope_parameters=workarounds.as_float_factor(rope)).cos_sin_cache) == 3 * 64

@@ -48,7 +48,7 @@ class YocoUConfig(PreTrainedConfig, Architecture):
     def validate(self) -> None:
         """Raise ValueError unless a model can be built from the present values; transformers calls this to save.
 
-        Of transformers' own checks only this one is not weaker than `check`.
+        `check` covers transformers' own checks except the one that follows it.
         """
         self.check()
         self.validate_output_attentions()
@@ -64,8 +64,8 @@ class YocoUConfig(PreTrainedConfig, Architecture):
         """This configuration as JSON without num_iterations: what vLLM puts into its key of compiled code.
 
         One pass through the self-decoder is compiled and called T times, so that one artifact serves every T. Two
-        other things of vLLM take in the same key and cannot tell two T of a checkpoint apart: the `system_fingerprint`
-        of its answers, and the KV-cache size that `VLLM_ENABLE_STARTUP_PLAN` saves.
+        other features of vLLM share this key and cannot distinguish two T of a checkpoint: the `system_fingerprint` of
+        its answers, and the KV-cache size that `VLLM_ENABLE_STARTUP_PLAN` saves.
         """
         keys = json.loads(self.to_json_string())
         del keys["num_iterations"]

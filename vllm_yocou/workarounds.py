@@ -1,8 +1,9 @@
-"""Every workaround of a fault of vLLM's own stands here, with the last version that has the fault: after it, it goes.
+"""Every workaround of a fault of vLLM's own stands here, with the last faulty version; remove it after that.
 
 `FAULTY_UP_TO` names them; tests/test_workarounds.py shows each fault in the versions that have it.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,19 @@ if TYPE_CHECKING:
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
     from vllm.v1.attention.backend import AttentionBackend
 
+logger = logging.getLogger("vllm.plugins.yocou")
+
 # Supported versions of vLLM up to and including this one have the fault.
 FAULTY_UP_TO = {
     "loading_of_saved_code": "0.33",
     "spare_rows_without_adapter": "0.32",
     "refuse_seed": "0.33",
+    "warn_of_seed": "0.33",
     "check_cache_dtype": "0.32",
     "widen_decode_scratch": "0.32",
     "refuse_expert_parallel": "0.33",
+    "fill_spec_registry": "0.32",
+    "as_float_factor": "0.32",
 }
 
 
@@ -96,6 +102,18 @@ def refuse_seed(params: "SamplingParams") -> None:
         )
 
 
+def warn_of_seed(vllm_config: "VllmConfig") -> None:
+    """Say what `refuse_seed` cannot refuse: under speculative decoding vLLM's V1 runner asks nobody about a request."""
+    from vllm.platforms import current_platform
+
+    speculates = vllm_config.speculative_config is not None
+    if speculates and not vllm_config.use_v2_model_runner and current_platform.is_cpu():
+        logger.warning(
+            "A request with a seed and temperature above 0 ends vLLM's CPU engine if its prompt takes several "
+            "chunks, and is not refused under speculative decoding: leave the seed out."
+        )
+
+
 def check_cache_dtype(backend: "type[AttentionBackend]", cache_dtype: "CacheDType") -> None:
     """Refuse a KV cache dtype that the backend's kernels do not read.
 
@@ -143,3 +161,18 @@ def refuse_expert_parallel(vllm_config: "VllmConfig") -> None:
             "--enable-expert-parallel cannot be used on a CPU: vLLM's CPU kernels do not pass over tokens of other "
             "ranks' experts, leave the flag out."
         )
+
+
+def fill_spec_registry() -> None:
+    """Let vLLM register its own KV cache specs, before the first one of a plugin.
+
+    vLLM does so only while its registry is empty: with a plugin's spec in it, its own would be missing.
+    """
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    KVCacheSpecRegistry._ensure_registered()
+
+
+def as_float_factor(rope_parameters: dict[str, Any]) -> dict[str, Any]:
+    """RoPE settings of type linear with a float for a factor; vLLM takes a whole number for a list of factors."""
+    return rope_parameters | {"factor": float(rope_parameters["factor"])}

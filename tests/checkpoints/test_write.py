@@ -42,7 +42,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path):
     convert(source, destination)
     assert sorted(os.listdir(tmp_path)) == ["converted", "source"]
     assert sorted(os.listdir(destination)) == ["config.json", "model.safetensors"]
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         convert(source, destination)
 
 

@@ -136,7 +136,7 @@ def test_convert(tmp_path, capsys, monkeypatch):
     code, printed, _ = run(capsys, monkeypatch, "info", destination, "--json")
     assert code == 0 and json.loads(printed)["iterations"] == 1
     code, _, error = run(capsys, monkeypatch, "convert", source, destination)
-    assert code == 2 and "is there already" in error and len(error.splitlines()) == 1
+    assert code == 2 and "already exists" in error and len(error.splitlines()) == 1
 
 
 def test_upcycle(tmp_path, capsys, monkeypatch):
@@ -160,7 +160,7 @@ def test_upcycle(tmp_path, capsys, monkeypatch):
     code, printed, _ = run(capsys, monkeypatch, "info", destination, "--json")
     assert (json.loads(printed)["iterations"], json.loads(printed)["sliding_window"]) == (2, 8)
     code, _, error = run(capsys, monkeypatch, "upcycle", source, destination, *asked)
-    assert code == 2 and "is there already" in error and len(error.splitlines()) == 1
+    assert code == 2 and "already exists" in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

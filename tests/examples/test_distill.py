@@ -37,7 +37,9 @@ def run(distill, monkeypatch, material, output, *settings):
     distill.main()
 
 
-def test_healing_writes_a_checkpoint_and_resumes_to_the_exact_step(distill, material, tmp_path, monkeypatch, capsys):
+def test_healing_writes_a_checkpoint_and_resumes_to_the_exact_step(
+    distill, material, tmp_path, monkeypatch, capsys, trains
+):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     run(distill, monkeypatch, material, whole, "--hidden", "0.5")
     printed = capsys.readouterr()
@@ -67,7 +69,7 @@ def test_healing_writes_a_checkpoint_and_resumes_to_the_exact_step(distill, mate
     again = json.loads((resumed / "distillation.json").read_text())
     assert again["held_out_perplexity"] == perplexity
 
-    # Stopped behind its last step, before anything was written.
+    # Stopped after its last step, before anything was written.
     shutil.rmtree(resumed)
     (resumed / "steps").mkdir(parents=True)
     shutil.copytree(whole / "steps" / "checkpoint-4", resumed / "steps" / "checkpoint-4")
@@ -174,9 +176,9 @@ def test_operations_of_a_step_are_those_that_torch_counts(distill, material):
     "settings, complaint",
     [
         (["--resume"], "holds no step to resume from"),
-        (["--text", "absent.txt"], "absent.txt is no file that ends in .txt, .jsonl, .parquet"),
+        (["--text", "absent.txt"], "absent.txt is not a file that ends in .txt, .jsonl, .parquet"),
         (["--sequence", "5000"], "none to train on: give more"),
-        (["--hidden", "1", "--hidden-layer", "5"], "shows its states behind layers 1 to 4, not 5"),
+        (["--hidden", "1", "--hidden-layer", "5"], "exposes hidden states after layers 1 to 4, not 5"),
         (["--batch", "0"], "invalid (int, at least 1) value: '0'"),
         (["--sequence", "1"], "invalid (int, at least 2) value: '1'"),
         (["--next-token", "5"], "invalid (float, at least 0, at most 1) value: '5'"),

@@ -5,8 +5,8 @@
 
 import pytest
 
-# Whoever uses one of these starts vLLM or Ray, or runs in Triton's interpreter.
-ENGINE = {"engine", "module_engine", "server", "engine_processes", "starts_vllm", "both_cores", "interpreted"}
+# Whoever uses one of these starts vLLM or Ray, trains a model, or runs in Triton's interpreter.
+ENGINE = {"engine", "module_engine", "server", "engine_processes", "starts_vllm", "both_cores", "interpreted", "trains"}
 SLOW = {"nightly"}
 # The group of everything that runs two engines or two ranks: one such test at a time.
 BOTH_CORES = "both cores"
@@ -26,6 +26,11 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def starts_vllm() -> None:
     """Asked for by a test that starts vLLM in a way of its own: an example, a benchmark, a server."""
+
+
+@pytest.fixture(scope="session")
+def trains() -> None:
+    """Asked for by a test that trains or compiles for many seconds, without an engine."""
 
 
 @pytest.fixture(scope="session")

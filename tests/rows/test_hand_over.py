@@ -10,6 +10,8 @@ from vllm_yocou.rows.hand_over import RequestTable, RowSlots, StepRows
 def test_the_table_follows_the_runner():
     table = RequestTable(4)
     assert not table.filled
+    table.fill()
+    assert table.filled
     table.add(0, SamplingParams(), 10)
     table.add(1, SamplingParams(prompt_logprobs=0), 11)
     table.add(2, SamplingParams(prompt_logprob_token_ids=[[1, 2]]), 12)

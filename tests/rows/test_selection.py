@@ -10,7 +10,7 @@ from vllm_yocou.rows.selection import select_rows, why_all_rows
 
 
 def in_words(requests: list[dict]) -> tuple[list[int], list[int]]:
-    """(rows, rows of each request): a row runs if a token is sampled behind it or its log probabilities are wanted."""
+    """(rows, rows of each request): a row runs if a token is sampled after it or its log probabilities are wanted."""
     rows, counts, start = [], [], 0
     for request in requests:
         before = request["context"] - request["rows"]

@@ -1,4 +1,4 @@
-"""The backends of vLLM's that ours are built on: names, layouts, graphs. What they compute is test_row_skipping's."""
+"""vLLM's backends that ours are built on: names, layouts, graphs. rows/test_skipping.py tests what they compute."""
 
 import subprocess
 import sys

@@ -100,7 +100,7 @@ class Pool:
         self.everything = self.available
 
     def formula(self, tokens: int) -> int:
-        """Bytes by section 4 of the specification."""
+        """Bytes by the paper's formula (arXiv 2604.01220)."""
         cfg = self.config
         window = 2 * cfg.num_key_value_heads * cfg.head_dim * 4 * min(tokens, cfg.sliding_window)
         everything = 2 * cfg.cross_num_key_value_heads * cfg.cross_head_dim * 4 * tokens
@@ -157,7 +157,7 @@ def test_groups_are_the_packings(pool):
 
 
 def test_a_decoding_request_holds_the_formula_rounded_up_to_blocks(pool):
-    """SPEC section 4, for every number of tokens from 1 to 100k; everything behind the window is freed."""
+    """The paper's formula, for every number of tokens from 1 to 100k; everything before the window is freed."""
     window, packing = pool.config.sliding_window, pool.packing
     request = pool.request(CONTEXT)
     for tokens in range(1, CONTEXT + 1):
@@ -173,9 +173,9 @@ def test_a_decoding_request_holds_the_formula_rounded_up_to_blocks(pool):
 
 
 def test_the_calculator_is_within_one_block_a_group(pool):
-    """`vllm-yocou kv` prints the formula; vLLM adds what blocks have in front of a window and behind the last token.
+    """`vllm-yocou kv` prints the formula; vLLM adds what blocks hold before a window and after the last token.
 
-    A window that is no whole number of pages may both begin and end inside one.
+    A window that is not a whole number of pages may both begin and end inside one.
     """
     window, packing = pool.config.sliding_window, pool.packing
     cost = KVBytes.yoco_u(pool.config, element_bytes=4)
@@ -214,7 +214,7 @@ def test_tokens_that_fit_in_the_budget(pool):
     expected, requests = pool.available // each, []
     while True:
         requests.append(pool.request(tokens, len(requests)))
-        # In one chunk, then as in decode: one token more, and what is behind the window is free again.
+        # In one chunk, then as in decode: one token more, and what is before the window is free again.
         if pool.grow(requests[-1], tokens - 1) is None or pool.grow(requests[-1], 1) is None:
             break
     for request in requests:

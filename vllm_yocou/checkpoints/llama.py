@@ -155,7 +155,7 @@ def _self_from(source_layers: int, asked: Upcycling) -> Sequence[int]:
 
 
 def recognise(folder: Path, keys: dict[str, Any], asked: Upcycling) -> Source | None:
-    """The Llama in `folder`, if the `keys` of its config.json are one's.
+    """The Llama in `folder`; None if the `keys` of its config.json are another model's.
 
     Raises:
         ValueError: it computes what YOCO-U does not, or does not have the layers that were asked for.

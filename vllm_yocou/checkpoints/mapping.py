@@ -1,4 +1,4 @@
-"""How a source's tensors become those of a YOCO-U checkpoint: every tensor there has a place here or a reason.
+"""How a source's tensors become a YOCO-U checkpoint's: every source tensor is mapped, or left out with a reason.
 
 The modules of the schemas make mappings; `plan` checks them against the config and knows nothing of schemas.
 """

@@ -61,7 +61,7 @@ def plan(source: Source, destination: Path, dtype: str | None = None) -> Plan:
             `destination` exists already.
     """
     if destination.exists():
-        raise ValueError(f"{destination} is there already: give a folder that is not.")
+        raise ValueError(f"{destination} already exists: give a new folder.")
     tensors = read_tensors(source.folder)
     mapping = source.mapping(tensors)
     steps, missing, misshapen = [], set(), []

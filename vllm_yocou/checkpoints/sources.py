@@ -76,13 +76,13 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def recognise(command: str, folder: Path, asked: Any) -> "Source":
-    """The checkpoint in `folder`, of the first schema that `command` reads and that takes it for its own.
+    """The checkpoint in `folder`, by the first schema of `command` that accepts it.
 
     Args:
         asked: what the user chose, as the schema's `recognise` takes it.
 
     Raises:
-        ValueError: no schema takes it, or one does and refuses what it says.
+        ValueError: no schema accepts it, or the one that does refuses its contents.
     """
     found: dict[str, dict[str, Any]] = {}
     for schema in _read_by(command):

@@ -34,7 +34,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those that its index names, or without an index all that are not hidden.
 
     Raises:
-        ValueError: the index is not one.
+        ValueError: the index is malformed.
     """
     index = folder / "model.safetensors.index.json"
     if not index.exists():

@@ -26,7 +26,7 @@ KEPT = {"bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"}
 def translated(
     keys: dict[str, Any], names: dict[str, str], context: int | None, required: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Keys of ours for those of `keys` that have a value.
+    """The `keys` that have a value, under our names.
 
     Args:
         names: their key -> ours.

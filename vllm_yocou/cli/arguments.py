@@ -61,7 +61,7 @@ def layers(text: str) -> tuple[int, ...]:
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, config.json or name on the Hugging Face hub.")]
 AnyModel = Annotated[
     str | None,
-    typer.Argument(help="As for kv. Without it, info describes this machine, for a bug report."),
+    typer.Argument(help="Same as for kv. Without it, info describes this machine, for a bug report."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Context = Annotated[int, typer.Option(parser=size, metavar="TOKENS", help="Tokens of a request, as 256k.")]

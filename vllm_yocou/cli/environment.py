@@ -89,7 +89,7 @@ def processor(cpuinfo: Path = CPUINFO) -> dict[str, Any]:
 
 
 def settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables of `environ` that vLLM and what it rests on obey; of secrets only that they are set."""
+    """The variables of `environ` that vLLM and its dependencies read; of secrets only that they are set."""
     found = {name: environ[name] for name in sorted(environ) if name.startswith("VLLM_") or name in SETTINGS}
     return {
         name: HIDDEN if any(secret in name.upper() for secret in SECRETS) else value for name, value in found.items()

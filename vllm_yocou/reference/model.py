@@ -25,7 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from vllm_yocou.config import YocoUConfig
 from vllm_yocou.reference.feed_forward import MLP, MoE, has_shared_expert_gate
-from vllm_yocou.reference.rotation import Rotation, rotate
+from vllm_yocou.reference.rope import Rotation, rotate
 
 
 class WindowCacheLayer(DynamicSlidingWindowLayer):
@@ -200,14 +200,13 @@ class YocoUPreTrainedModel(PreTrainedModel):
     config: YocoUConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    # transformers declares these as instance attributes, so they cannot be class variables to ruff and mypy alike.
-    _no_split_modules = ["SelfDecoderLayer", "CrossDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _no_split_modules = ["SelfDecoderLayer", "CrossDecoderLayer"]  # noqa: RUF012  # as transformers declares it
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  # as transformers declares it
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": DecoderLayer}  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": DecoderLayer}  # noqa: RUF012  # as transformers declares it
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # only a YocoUConfig fits
@@ -297,7 +296,7 @@ class YocoUModel(YocoUPreTrainedModel):
 class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
     """YocoUModel with a language-model head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  # as transformers declares it
 
     def __init__(self, config: YocoUConfig):
         super().__init__(config)

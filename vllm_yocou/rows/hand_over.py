@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 class RequestTable:
     """What the selection knows of each running request, by the index that the model runner gives it.
 
-    Until a runner's hook has said so (`filled`), nobody knows who wants prompt log probabilities, and every row runs.
+    Until a runner's hook fills it, nobody knows who wants prompt log probabilities, and every row runs.
 
     Attributes:
+        filled: whether a hook tells it of every request.
         wants_prompt: (requests,) bool, whether the request wants log probabilities of its prompt.
         prefill_length: (requests,) int64, tokens before the first that is sampled.
     """
@@ -33,6 +34,10 @@ class RequestTable:
         self.filled = False
         self.wants_prompt = np.zeros(capacity, dtype=bool)
         self.prefill_length = np.zeros(capacity, dtype=np.int64)
+
+    def fill(self) -> None:
+        """Called by a runner's hook, which from now on tells the table of every request."""
+        self.filled = True
 
     def add(self, index: int, params: "SamplingParams | None", prefill_length: int) -> None:
         """A `prefill_length` of 0, where it is unknown, makes every row run."""

@@ -30,7 +30,7 @@ class RequestObserver(LogitsProcessor):
             return
         # Looked up in every step: the runner builds its logits processors before its model.
         for table in (slots.requests for slots in row_slots(self.vllm_config)):
-            table.filled = True
+            table.fill()
             # The indices of removed requests are free until an addition or a move takes them.
             for index, params, prompt_token_ids, _ in batch_update.added:
                 table.add(index, params, len(prompt_token_ids or ()))

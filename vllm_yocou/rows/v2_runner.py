@@ -16,7 +16,7 @@ class YocoUModelState(DefaultModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         (slots,) = row_slots(vllm_config)
         self.requests = slots.requests
-        self.requests.filled = True
+        self.requests.fill()
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)

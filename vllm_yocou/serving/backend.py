@@ -40,7 +40,7 @@ LAYOUTS = {
 def served_backend(
     selected: type[AttentionBackend], chosen_by_user: bool, cache_dtype: CacheDType = "auto"
 ) -> type[AttentionBackend]:
-    """The backend of vLLM's to build on: its own selection, or Triton's where that selection cannot be built on.
+    """vLLM's selected backend, or Triton's if the plugin does not support it.
 
     Raises:
         ValueError: if the user chose one that cannot, or if its kernels do not read caches of this dtype.
@@ -63,7 +63,7 @@ def packed_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
     name = f"YOCOU_{base.get_name()}"
     layouts = LAYOUTS[base.get_name()]
 
-    class Packed(base):  # type: ignore[misc, valid-type]  # which of vLLM's it is, the machine decides
+    class Packed(base):  # type: ignore[misc, valid-type]  # the base is known only at run time
         @staticmethod
         def get_name() -> str:
             return name
@@ -91,7 +91,7 @@ def row_selecting_backend(base: type[AttentionBackend], kernels: bool = False) -
     """
     packed = packed_backend(base)
 
-    class Builder(RowSelecting, packed.get_builder_cls()):  # type: ignore[misc]  # known at run time, as above
+    class Builder(RowSelecting, packed.get_builder_cls()):  # type: ignore[misc]  # as above
         pass
 
     implementation = base.get_impl_cls()
@@ -129,7 +129,7 @@ def smallest_block(backend: type[AttentionBackend]) -> int:
 
 
 class RowSelecting:
-    """Mixed into a metadata builder: builds for the selected rows, and puts down which these are in `RowSlots`."""
+    """Mixed into a metadata builder: builds for the selected rows and records them in `RowSlots`."""
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device

@@ -66,7 +66,7 @@ class Cache(Attention):
         return self.attn_backend.customize_spec(self.spec(block_size=1)).page_size_bytes
 
     def quantized(self, q_NHd: torch.Tensor) -> torch.Tensor:
-        """Queries (N, heads, d) in the dtype of the cache, where the backend's kernels want them so."""
+        """Queries (N, heads, d), cast to the cache's dtype if the backend requires it."""
         return (
             q_NHd if self.query_quant is None else self.query_quant(q_NHd.flatten(1), self._q_scale)[0].view_as(q_NHd)
         )
@@ -163,7 +163,7 @@ class GlobalCache(Cache, RowOwner):
 
 
 def window_caches(vllm_config: VllmConfig) -> list[WindowCache]:
-    """Those that the model has built."""
+    """The window caches that the model has built."""
     layers = vllm_config.compilation_config.static_forward_context.values()
     return [layer for layer in layers if isinstance(layer, WindowCache)]
 

@@ -29,7 +29,7 @@ def prepare_cuda_graphs(compilation_config: CompilationConfig) -> None:
     captures and as much memory. The window attention, which reads the iteration on the host, runs between the pieces
     of a piecewise graph; a full graph of decodes captures all T calls with their attention, one after the other.
     """
-    # Without pieces nothing replays a unit, and vLLM's ahead-of-time cache fails to load one that was told to copy.
+    # Without pieces nothing replays a unit, and copies would be in the way of vLLM's ahead-of-time cache.
     compilation_config.cudagraph_copy_inputs = compilation_config.cudagraph_mode.has_piecewise_cudagraphs()
     # vLLM has chosen its splitting_ops by now; where it splits nowhere, nothing is captured in pieces.
     if compilation_config.splitting_ops and WINDOW_ATTENTION not in compilation_config.splitting_ops:

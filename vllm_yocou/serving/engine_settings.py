@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_yocou.options import Options
-from vllm_yocou.workarounds import refuse_expert_parallel
+from vllm_yocou.workarounds import refuse_expert_parallel, warn_of_seed
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -93,7 +93,7 @@ def check_fast_prefill(vllm_config: "VllmConfig") -> None:
 
 
 def check_experts_on_cpu(vllm_config: "VllmConfig") -> None:
-    """What vLLM does with a mixture of experts on GPUs alone."""
+    """Refuse what vLLM supports for a mixture of experts on GPUs only."""
     from vllm.platforms import current_platform
 
     if not vllm_config.model_config.hf_config.is_moe or not current_platform.is_cpu():
@@ -148,7 +148,7 @@ def find_shared_expert_gate(vllm_config: "VllmConfig") -> None:
 
 
 def list_experts_by_call(vllm_config: "VllmConfig") -> None:
-    """vLLM's list of expert layers, in the order of their calls, is made for one call a layer and step."""
+    """vLLM's list of expert layers, in the order of their calls, assumes one call per layer and step."""
     vllm_config.compilation_config.fast_moe_cold_start = False
 
 
@@ -232,21 +232,13 @@ def expose_metrics(vllm_config: "VllmConfig") -> None:
 
 def observe_requests(vllm_config: "VllmConfig") -> None:
     """Name the hook of vLLM's V1 runner; the model itself brings the V2 runner's."""
-    from vllm.platforms import current_platform
-
     from vllm_yocou.rows import v1_runner
 
-    if vllm_config.use_v2_model_runner:
-        return
-    model_config, speculates = vllm_config.model_config, vllm_config.speculative_config is not None
-    if model_config.runner_type == "generate" and not speculates:
-        # vLLM refuses such classes everywhere else. With one, its V1 runner keeps output tokens for every request.
+    # vLLM refuses such classes everywhere else. With one, its V1 runner keeps output tokens for every request.
+    takes_hooks = vllm_config.model_config.runner_type == "generate" and vllm_config.speculative_config is None
+    if takes_hooks and not vllm_config.use_v2_model_runner:
+        model_config = vllm_config.model_config
         model_config.logits_processors = [*(model_config.logits_processors or ()), v1_runner.NAME]
-    if speculates and current_platform.is_cpu():
-        logger.warning(
-            "A request with a seed and temperature above 0 ends vLLM's CPU engine if its prompt takes several "
-            "chunks, and is not refused under speculative decoding: leave the seed out."
-        )
 
 
 REFUSALS = (
@@ -260,7 +252,7 @@ REFUSALS = (
     check_compilation_mode,
 )
 ADJUSTMENTS = (find_shared_expert_gate, list_experts_by_call, choose_compilation, choose_chunk)
-HOOKS = (expose_metrics, observe_requests)
+HOOKS = (expose_metrics, observe_requests, warn_of_seed)
 
 
 class YocoUEngineSettings(VerifyAndUpdateConfig):

@@ -1,7 +1,7 @@
 """Where the plugin's Triton kernels stand in for vLLM's: the window step, the global write, the cross attention.
 
-Imported only with the option `kernels`, which is off: no GPU has measured these kernels yet. A cache of another dtype
-than the model's stays with vLLM's kernels.
+Imported only with the option `kernels`, which is off: on an H100 decoding is slower with it (docs/cuda.md). A cache of
+another dtype than the model's stays with vLLM's kernels.
 """
 
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ def write_global(
 ) -> torch.Tensor:
     """One launch for the norm, rotation and write of keys and values (N, Kc · dc) into the global cache called `name`.
 
-    Returns the empty tensor that orders the reads behind it, as vLLM's own op does.
+    Returns the empty tensor that later reads depend on, as vLLM's own op does.
     """
     _, layer, kv_cache, slots_N = get_attention_context(name)
     if slots_N is not None:
@@ -138,6 +138,6 @@ class CrossAttentionByKernel:
 
     @staticmethod
     def most_rows(layer: RowOwner, metadata: Any) -> int:
-        """How many rows the request has that has the most of them; vLLM's metadata may say two where it is one."""
+        """The largest number of rows in any one request; vLLM's metadata may say two where it is one."""
         step = layer.rows.of(metadata)
         return metadata.max_query_len if step is None else step.most

@@ -13,13 +13,12 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from vllm.model_executor.models.llama import LlamaMLP
 from vllm.utils.torch_utils import _encode_layer_name
 
 from vllm_yocou.config import YocoUConfig
 from vllm_yocou.options import Options
 from vllm_yocou.serving.caches import GlobalCache, Loop, WindowCache
-from vllm_yocou.serving.experts import MixtureOfExperts
+from vllm_yocou.serving.feed_forward import feed_forward
 from vllm_yocou.serving.rope import rotary_embedding
 
 
@@ -144,7 +143,7 @@ class GlobalKV(nn.Module):
             return self.write(positions_N, k_NX, v_NX)
         k_NX = self.k_norm(k_NX)
         if self.rotary_emb is not None:
-            # vLLM's rotary embedding turns queries in place; here there are none, so the keys take their part.
+            # vLLM's rotary embedding rotates its first argument; here that is the keys.
             k_NX, _ = self.rotary_emb(positions_N, k_NX.contiguous(), None)
         return self.cache.write(k_NX, v_NX)
 
@@ -174,19 +173,6 @@ class CrossAttention(nn.Module):
             q_MX, _ = self.rotary_emb(positions_M, q_MX, None)
         out_MD, _ = self.o_proj(self.read(q_MX, written))
         return out_MD
-
-
-def feed_forward(vllm_config: VllmConfig, prefix: str) -> nn.Module:
-    config = cast(YocoUConfig, vllm_config.model_config.hf_config)
-    if config.is_moe:
-        return MixtureOfExperts(vllm_config, prefix)
-    return LlamaMLP(
-        config.hidden_size,
-        config.intermediate_size,
-        config.hidden_act,
-        quant_config=vllm_config.quant_config,
-        prefix=prefix,
-    )
 
 
 class DecoderLayer(nn.Module):

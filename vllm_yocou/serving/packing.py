@@ -13,6 +13,8 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, Slid
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from vllm_yocou.workarounds import fill_spec_registry
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -27,8 +29,7 @@ class GlobalCacheSpec(FullAttentionSpec):
     """The one KV cache that all cross-decoder layers read: every token."""
 
 
-# The registry fills in vLLM's own specs only while it is empty, so they have to come first.
-KVCacheSpecRegistry._ensure_registered()
+fill_spec_registry()
 KVCacheSpecRegistry.register(WindowCacheSpec, SlidingWindowManager, SlidingWindowSpec)
 KVCacheSpecRegistry.register(GlobalCacheSpec, FullAttentionManager, FullAttentionSpec)
 

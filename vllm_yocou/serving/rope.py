@@ -12,6 +12,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
 from vllm_yocou.config import YocoUConfig
 from vllm_yocou.rope import inverse_frequencies
+from vllm_yocou.workarounds import as_float_factor
 
 
 class Yoco2024RotaryEmbedding(RotaryEmbedding):
@@ -40,6 +41,6 @@ def rotary_embedding(vllm_config: VllmConfig, head_dim: int) -> nn.Module:
         dtype = vllm_config.model_config.dtype
         return yoco2024_rotary_embedding(head_dim, head_dim, positions, rope["rope_theta"], neox, dtype)
     if rope["rope_type"] == "linear":
-        positions = math.ceil(positions / rope["factor"])  # vLLM multiplies this type's table length by the factor,
-        rope = rope | {"factor": float(rope["factor"])}  # which it takes for a list of factors unless it is a float
+        positions = math.ceil(positions / rope["factor"])  # vLLM multiplies this type's table length by the factor
+        rope = as_float_factor(rope)
     return get_rope(head_dim, positions, is_neox_style=neox, rope_parameters=rope)

@@ -1,4 +1,4 @@
-"""The mixture of experts for vLLM: routed anew in every iteration, by its own call of vLLM's fused kernels.
+"""The feed-forward of a served layer: vLLM's SwiGLU, or its fused experts, routed anew in every iteration.
 
 Shapes: N tokens, D hidden_size, E experts.
 """
@@ -10,6 +10,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
 from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.qwen2_moe import Qwen2MoeMLP
 
 from vllm_yocou.config import YocoUConfig
@@ -55,3 +56,16 @@ class MixtureOfExperts(nn.Module):
     def forward(self, h_ND: torch.Tensor) -> torch.Tensor:
         logits_NE, _ = self.gate(h_ND)
         return self.experts(hidden_states=h_ND, router_logits=logits_NE)
+
+
+def feed_forward(vllm_config: VllmConfig, prefix: str) -> nn.Module:
+    config = cast(YocoUConfig, vllm_config.model_config.hf_config)
+    if config.is_moe:
+        return MixtureOfExperts(vllm_config, prefix)
+    return LlamaMLP(
+        config.hidden_size,
+        config.intermediate_size,
+        config.hidden_act,
+        quant_config=vllm_config.quant_config,
+        prefix=prefix,
+    )
