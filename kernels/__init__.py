@@ -1,1 +1,0 @@
-"""Triton kernels for the window caches and the global cache, each with an oracle in torch."""
