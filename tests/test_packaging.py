@@ -2,6 +2,7 @@
 
 import configparser
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -17,13 +18,19 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """Built from a copy: setuptools also packs what an earlier build has left in build/, such as renamed modules."""
     folder = tmp_path_factory.mktemp("wheel")
+    tree = folder / "tree"
+    for name in ("vllm_yocou", "kernels"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
     build = [
         sys.executable,
         "-m",
         "pip",
         "wheel",
-        str(ROOT),
+        str(tree),
         "--no-deps",
         "--no-build-isolation",
         "--quiet",
