@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from benchmarks import console, render
-from benchmarks.registry import GROUPS, TABLES
 from benchmarks.results import ROOT
+from benchmarks.tables.catalogue import GROUPS, TABLES
 from benchmarks.tables.table import Table
 
 HELP = """Measure tables, each in a process of its own, and render the READMEs from what was measured.
@@ -35,7 +35,7 @@ app = typer.Typer(add_completion=False, help=HELP, rich_markup_mode="markdown")
 
 
 def measure(words: list[str]) -> None:
-    """Names of tables; after a single one, its arguments."""
+    """Measure the tables that `words` names; after a single name come the arguments of that table."""
     names = list(takewhile(TABLES.__contains__, words))
     arguments = words[len(names) :]
     if arguments and not (len(names) == 1 and TABLES[names[0]].has_options):
@@ -84,7 +84,7 @@ for group, tables in GROUPS.items():
 def write(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail where something differs.")] = False,
 ) -> None:
-    """Rewrite the blocks between result markers in the READMEs, and the pictures. Needs no model; takes seconds."""
+    """Rewrite the blocks between result markers in the pages, and the pictures. Needs no model; takes seconds."""
     try:
         wrong = render.mistakes() if check else []
         written = [] if check else render.write()

@@ -27,7 +27,7 @@ class Prompt:
         self.block_bytes = block_bytes(self.llm)
 
     def measure(self, chunk: int) -> tuple[float, float]:
-        """Seconds of the prompt, and MiB that it held at most."""
+        """Seconds that the prompt took, and the most MiB that it held."""
         self.scheduler.max_num_scheduled_tokens = chunk
         pool = self.scheduler.kv_cache_manager.block_pool
         free = least = pool.get_num_free_blocks()

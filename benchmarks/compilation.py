@@ -1,4 +1,4 @@
-"""Eager, with the loop compiled unrolled, and with one pass compiled once: decode, where its time goes, and prefill."""
+"""Decode, where its time goes, and prefill: eager, with the loop compiled unrolled, and with one pass compiled once."""
 
 from benchmarks.engine import Stopwatch, config, decoding, prompt_s, runner, start  # isort: skip
 import time
@@ -58,17 +58,17 @@ def engine(way: str) -> LLM:
 
 
 def kind(name: str) -> str | None:
-    """What an operation of the profile is, by its own time; None for what runs Python itself."""
+    """The part of a step that an operation of the profile belongs to; None for operations that only run Python."""
     if name.startswith(("vllm::", "## Call", "Torch-Compiled", "TorchDynamo", "Pregraph", "AOTDispatcher")):
         return None
     if "cpu_attention" in name or "cpu_attn" in name or "flash" in name:
         return "attention"
-    # Inductor names a fused kernel after all it feeds: `..._onednn_mm_...` there is not the product.
+    # Inductor names a fused kernel after everything that it feeds, so `..._onednn_mm_...` is not a product.
     return "products" if name in ("_C::onednn_mm", "aten::mm", "aten::addmm", "aten::linear") else "other native"
 
 
 def native_ms(llm: LLM) -> dict[str, float]:
-    """Milliseconds a step inside native code, by kind."""
+    """Milliseconds that a step spends in native code, by part."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(PROFILED):
             llm.llm_engine.step()
@@ -80,7 +80,7 @@ def native_ms(llm: LLM) -> dict[str, float]:
 
 
 class Clock:
-    """Time inside the model and its head, so that the rest of a step can be told."""
+    """Times the model and its head, so that the rest of a step is known."""
 
     def __init__(self, llm: LLM) -> None:
         self.inside, model = Stopwatch(), runner(llm).model
@@ -88,7 +88,7 @@ class Clock:
         model.compute_logits = self.inside.timed(model.compute_logits)
 
     def step_ms(self, llm: LLM) -> tuple[float, float]:
-        """Milliseconds of a step, and of them around the model."""
+        """Milliseconds of a step, and those of them that pass outside the model."""
         self.inside.s, start_s = 0.0, time.perf_counter()
         llm.llm_engine.step()
         step_s = time.perf_counter() - start_s
@@ -118,7 +118,7 @@ def decode(engines: dict[str, LLM], result: Result) -> None:
 
 
 def prefill(engines: dict[str, LLM], result: Result) -> None:
-    """Prompts one at a time."""
+    """Add the seconds of prompts that run one at a time."""
     times: dict[str, list[float]] = {way: [] for way in engines}
     for number in range(PROMPTS):
         progress(f"prompts, round {number + 1} of {PROMPTS}")

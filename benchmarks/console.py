@@ -1,7 +1,7 @@
-"""Where a table's process writes: progress lines and sentences, and nothing else, reach the person who started it.
+"""Of what a table's process writes, only progress lines and sentences reach the person who started it.
 
-`python -m benchmarks` gives a table's process a log for standard output and standard error, which vLLM, its engines and
-torch write into as they like, and its own standard error under another number, for `progress`.
+`python -m benchmarks` gives the process a log as its standard output and standard error, into which vLLM, its engines
+and torch write as they like. For `progress` the process gets the person's standard error under another number.
 """
 
 import os
@@ -29,7 +29,7 @@ def progress(line: str) -> None:
 
 
 def publish(result: Result) -> None:
-    """Keep the result of a table's process; print it, where nobody else does."""
+    """Keep the result of a table's process, and print it unless the process that started this one does."""
     path = result.save()
     saved = os.environ.get(SAVED)
     if saved is None:

@@ -1,4 +1,4 @@
-"""Engines with random weights, in this process, where their parts can be timed and their pools looked at."""
+"""Engines with random weights that run in this process, so that their parts can be timed and their pools read."""
 
 import gc
 import os
@@ -23,7 +23,7 @@ from vllm.inputs import TokensPrompt
 
 from vllm_yocou.config import YocoUConfig
 
-# (S, C, T) and sizes; vocabulary and, where a table has nothing to do with it, the width are small.
+# (S, C, T) and sizes. Every vocabulary is small; a table that does not depend on the width makes that small as well.
 SHAPES: dict[str, dict[str, Any]] = {
     "paper 1.3B": dict(
         num_self_decoder_layers=10,
@@ -71,7 +71,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     ),
 }
 
-# Engines that are compared share a GPU; how much of it the KV cache takes is said by itself. A CPU has no such share.
+# Engines that are compared share a GPU; the KV cache's share is set explicitly. A CPU has no such share.
 SHARE: dict[str, Any] = dict(gpu_memory_utilization=0.15)
 
 # Plugin options. A global block as small as a window block has room for one window cache.
@@ -103,7 +103,7 @@ def core(llm: LLM) -> Any:
 
 
 def prompt_s(llm: LLM, tokens: int) -> float:
-    """Seconds to the first token of one request of so many tokens."""
+    """Seconds to the first token of one request of `tokens` tokens."""
     parameters = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
     start_s = time.perf_counter()
     llm.generate([TokensPrompt(prompt_token_ids=[5] * tokens)], parameters, use_tqdm=False)
@@ -120,8 +120,8 @@ def steps_of_prompts(llm: LLM, batch: int, context: int) -> int:
 def decoding(llm: LLM, batch: int, context: int = 600, room: int = 3000) -> Iterator[None]:
     """`batch` requests of `context` tokens each, all of them in decode, with `room` for more steps.
 
-    Their prompts are scheduled and not computed: a decode step takes as long over any numbers. The cache is written
-    once, since a page of memory that nobody wrote is the same page of zeros everywhere, which stays in a core's cache.
+    Their prompts are scheduled and not computed, since the time of a decode step does not depend on the numbers. The
+    cache is written once: all memory that was never written is one page of zeros, which would stay in a core's cache.
     """
     model_runner = runner(llm)
     model, hidden_size = model_runner.model, llm.model_config.get_hidden_size()
@@ -160,7 +160,7 @@ def step_s(llm: LLM) -> float:
 def block_bytes(llm: LLM) -> int:
     """Bytes of a block of the KV cache pool, as vLLM allocated it."""
     kv_config = core(llm).scheduler.kv_cache_config
-    (pool,) = {tensor.size for tensor in kv_config.kv_cache_tensors}  # of each group the same bytes
+    (pool,) = {tensor.size for tensor in kv_config.kv_cache_tensors}  # every group has the same bytes
     return pool // kv_config.num_blocks
 
 

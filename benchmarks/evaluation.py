@@ -2,7 +2,7 @@
 
     python -m benchmarks evaluation [--llama FOLDER] [--limit 100]
 
-The Llama runs in the same vLLM, which loads the plugin once and once does not: its scores are not to know.
+The Llama runs twice in the same vLLM, with the plugin and without it; its scores must not change.
 """
 
 import argparse
@@ -22,15 +22,15 @@ TRAINED = ROOT / "examples" / "yoco-u-kjv"
 OWN = ("kjv_next_verse", "kjv_last_word")
 COMMON = ("piqa_local", "boolq_local")
 RULER = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
-OF_LLAMA = (*COMMON, RULER[0])  # of RULER what a model of this size answers at all
+OF_LLAMA = (*COMMON, RULER[0])  # the only task of RULER that a model of this size solves
 RULER_TOKENS = 1024
 CONTEXT = 2048
-# vLLM finds the plugin by itself; transformers has to be told of the architecture.
+# vLLM finds the plugin by itself; for transformers the architecture must be imported.
 IMPORTED = "import sys, vllm_yocou.reference; from lm_eval.__main__ import cli_evaluate; sys.exit(cli_evaluate())"
 BY = {"vllm": ["-m", "lm_eval"], "hf": ["-c", IMPORTED]}
 
 
-Answers = list[list]  # of each item of a task, to each of its questions: a log-likelihood or a text
+Answers = list[list]  # for each item of a task, a log-likelihood or a text for each of its questions
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def evaluate(model: Path, by: str, tasks: tuple[str, ...], limit: int, environme
         for task in tasks:
             (file,) = Path(folder).rglob(f"samples_{task}_*.jsonl")
             items = sorted(map(json.loads, file.read_text().splitlines()), key=lambda item: item["doc_id"])
-            # A log-likelihood comes with whether it is the greedy answer's.
+            # Each log-likelihood comes with a flag that says whether its answer is the greedy one.
             replies = [[reply[0] for reply in item["resps"]] for item in items]
             answers[task] = [[float(r[0]) if isinstance(r, list) else r for r in item] for item in replies]
     # RULER has a metric for each length; those that were not asked for are -1.
@@ -78,7 +78,7 @@ def evaluate(model: Path, by: str, tasks: tuple[str, ...], limit: int, environme
 
 
 def compare(one: Answers, other: Answers) -> dict[str, tuple[str, float]]:
-    """Unit and value by name: how far log-likelihoods are apart, or how many texts there are and how many are alike."""
+    """Unit and value by name: the largest difference of log-likelihoods, or the numbers of texts and of equal texts."""
     pairs = [pair for answers in zip(one, other, strict=True) for pair in zip(*answers, strict=True)]
     if isinstance(pairs[0][0], float):
         return {"largest difference": ("nats", max(abs(first - second) for first, second in pairs))}
@@ -86,7 +86,7 @@ def compare(one: Answers, other: Answers) -> dict[str, tuple[str, float]]:
 
 
 def add(result: Result, model: str, sides: dict[str, Evaluated]) -> None:
-    """Scores and answers of a model by two ways, task by task."""
+    """Add the scores of a model on both sides, and how far its answers agree, task by task."""
     (first, one), (second, other) = sides.items()
     for task, metrics in one.metrics.items():
         for name, (unit, value) in compare(one.answers[task], other.answers[task]).items():

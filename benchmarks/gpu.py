@@ -1,8 +1,8 @@
 """Prompts and decode steps of the paper's shape on a GPU: YOCO-U by tokens a step, and a Transformer of S + C layers.
 
 `prefill` takes one prompt after the other, with row skipping and with every row. `decode` takes steps of requests whose
-contexts are scheduled and not computed. Models have random weights, as they are stored in bfloat16, and run one at a
-time, compiled and in CUDA graphs, as vLLM does by default.
+contexts are scheduled and not computed. Models have random weights in bfloat16. They run one at a time, compiled and in
+CUDA graphs, as vLLM does by default.
 """
 
 from benchmarks.engine import core, decoding, prompt_s, runner, start, step_s, steps_of_prompts, stop
@@ -96,7 +96,7 @@ def decode(llm: LLM, name: str, sizes: Sizes, result: Result) -> None:
 
 
 def measure(what: str, prompts: dict[int, int], **settings: Any) -> Result:
-    """`what` is "prefill" or "decode"; `settings` are of every engine, next to those that the table names."""
+    """`what` is "prefill" or "decode"; `settings` apply to every engine, in addition to the table's own."""
     sizes = sizes_of(what, prompts)
     common: dict[str, Any] = dict(dtype=DTYPE, max_model_len=max(prompts) + MARGIN, max_num_seqs=max(BATCHES))
     named = described(sizes) | dict(chunks={}, steps=STEPS)
@@ -112,7 +112,7 @@ def measure(what: str, prompts: dict[int, int], **settings: Any) -> Result:
 
     for name, (cfg, more) in models(what, sizes).items():
         measure_one(name, cfg, more)
-        gc.collect()  # the engine went with the call that had it; its memory is the next one's
+        gc.collect()  # nothing refers to the engine any more, and the next one needs its memory
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return result

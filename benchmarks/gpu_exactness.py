@@ -1,7 +1,7 @@
 """How exact a GPU is: log probabilities and greedy tokens of a checkpoint in vLLM, next to the reference on the CPU.
 
-float32 is held against the reference in float32, whose own error is its difference from float64. bfloat16 is held
-against float64 with the same rounded weights, and what the reference errs itself is measured in bfloat16.
+float32 is compared with the reference in float32, whose own error is its difference from float64. bfloat16 is compared
+with float64 of the same rounded weights; the reference's own error is then the difference of its bfloat16 from that.
 """
 
 import os
@@ -68,7 +68,7 @@ class Reference:
 
     @torch.inference_mode()
     def log_probabilities(self, token_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, vocab_size) that served ones are held against, and (N, vocab_size) of the other precision."""
+        """(N, vocab_size) that served ones are compared with, and (N, vocab_size) in the other precision."""
         ids = torch.tensor([token_ids])
         single = self.single(ids).logits[0].float().log_softmax(-1).double()
         double = self.double(ids).logits[0].log_softmax(-1)
@@ -76,7 +76,7 @@ class Reference:
 
 
 class Comparison:
-    """Differences of one scenario, and greedy tokens where the reference is decided."""
+    """The differences of one scenario, and its greedy tokens where the reference's choice is clear."""
 
     def __init__(self) -> None:
         self.served: list[float] = []
@@ -85,7 +85,7 @@ class Comparison:
         self.tokens = self.others = 0
 
     def add(self, reference: Reference, prompt: list[int], output: Any) -> None:
-        """Of vLLM's RequestOutput for a prompt, with log probabilities of its tokens and maybe of the prompt's."""
+        """Add vLLM's RequestOutput for a prompt; it has log probabilities of its tokens and perhaps of the prompt's."""
         completion = output.outputs[0]
         expected, other = reference.log_probabilities([*prompt, *completion.token_ids])
         entries = [(position - 1, served) for position, served in enumerate(output.prompt_logprobs or []) if served]
@@ -107,7 +107,7 @@ def skipped_rows(llm: LLM) -> int:
 
 
 def check(llm: LLM, reference: Reference, scenario: str) -> dict[tuple[str, str], float]:
-    """Generate the scenario's answers; what the comparison found, by name and unit."""
+    """Generate the scenario's answers and compare them; the figures by name and unit."""
     tokens, scored = SCENARIOS[scenario], "prompt_logprobs" in scenario
     lengths = [40] * 8 if scenario == "decode" else LENGTHS
     vocabulary = llm.model_config.get_vocab_size()
@@ -136,7 +136,7 @@ def check(llm: LLM, reference: Reference, scenario: str) -> dict[tuple[str, str]
 
 
 def run(checkpoint: Path, dtype: str, settings: dict[str, Any]) -> dict[tuple[str, str], list[float]]:
-    """Every scenario on one engine: a value for each, by name and unit."""
+    """Run every scenario on one engine; by name and unit, a value for each scenario."""
     reference = Reference(checkpoint, dtype)
     more: dict[str, Any] = dict(disable_log_stats=False, kv_cache_memory_bytes=256 << 20, enable_prefix_caching=False)
     more |= dict(skip_tokenizer_init=True, dtype=dtype)

@@ -1,10 +1,10 @@
-"""What a YOCO-U model made of a Llama is worth: after initialisation and after healing, for each T.
+"""How good a YOCO-U model made of a Llama is, after initialisation and after healing, for each T.
 
     python -m benchmarks healing LLAMA prose.txt --steps 16 --keep healed
 
 Runs `vllm-yocou upcycle` and examples/training/distill.py as a user does, then lm-eval and decode steps in vLLM. With
---keep the healed checkpoints stay, those found there are not made again, and a stopped run goes on. Options that are
-not of this table are distill.py's: --precision bfloat16 --batch 8 --accumulate 1 on a GPU.
+--keep the healed checkpoints stay, those found there are not made again, and a stopped run goes on. All other options
+go to distill.py: --precision bfloat16 --batch 8 --accumulate 1 on a GPU.
 """
 
 from benchmarks.engine import SHARE, block_bytes, decoding, step_s
@@ -76,7 +76,7 @@ def scores(model: Path, limit: int) -> dict[str, float]:
 
 
 def serve(models: list[Path]) -> list[tuple[int, list[float]]]:
-    """KV bytes of a request of KV_TOKENS, and seconds of the decode steps of one of CONTEXT, model by model."""
+    """For each model, KV bytes of a request of KV_TOKENS and seconds of the decode steps of a request of CONTEXT."""
     settings: dict[str, Any] = dict(
         dtype="float32", max_model_len=KV_TOKENS, max_num_seqs=1, kv_cache_memory_bytes=1 << 30
     )
@@ -94,7 +94,7 @@ def serve(models: list[Path]) -> list[tuple[int, list[float]]]:
 
 
 def measure(source: Path, text: Path, steps: int, limit: int, folder: Path, more: list[str]) -> Result:
-    """What is made stays in `folder`; what is there is not made again."""
+    """Models that are made stay in `folder`; those found there are not made again."""
     made = {}
     for t in ITERATIONS:
         progress(f"upcycling and healing, T = {t}")

@@ -1,7 +1,7 @@
 """The plugin's Triton kernels compared with what they would replace: time, share of a measured device copy, ratios.
 
 Shapes: the paper's (20 query and 4 KV heads of 128, W 512), bfloat16; a decode step of N requests. A graph launches a
-contestant on one set of tensors after another, more than a GPU's second-level cache holds: a step walks all its caches.
+contestant on many sets of tensors, more than a GPU's second-level cache holds, because a step walks through all caches.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ GLOBAL_BLOCK, WINDOW_BLOCK, CACHES_A_BLOCK = 512, 32, 16
 ROUNDS = 3
 COPIED_BYTES = 1 << 30
 MOST_SETS = 64
-COLD_BYTES = 256 << 20  # of keys and values that a graph reads: some times the second-level cache
+COLD_BYTES = 256 << 20  # of keys and values that a graph reads: several times the second-level cache
 POOL_BYTES = 100 << 30  # of keys and values at most: larger shapes are left out
 
 TRITON = "vLLM's Triton"
@@ -44,7 +44,7 @@ Contestants = dict[str, Callable[[], torch.Tensor]]
 def decodes(
     requests: int, context: int, block: int, caches: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, Batch, torch.Tensor]:
-    """One row of each request at the end of its `context` tokens: (keys, values, batch, slots), as the engine packs."""
+    """The last row of each request of `context` tokens: (keys, values, batch, slots), packed as the engine packs."""
     blocks_each = triton.cdiv(context, block)
     table_RX = torch.randperm(requests * blocks_each).view(requests, blocks_each).int()
     batch = Batch(table_RX, torch.arange(requests + 1).int(), torch.full((requests,), context).int())
@@ -84,7 +84,7 @@ def vllm_attention(
         unified_attention(**common, softcap=0, q_descale=None, k_descale=None, v_descale=None, **segments)
         return out_NHd
 
-    # As vLLM's backend has them: batches of up to 128 programs are split over the sequence, 16 ways.
+    # As in vLLM's backend: batches of up to 128 programs are split over the sequence, 16 ways.
     rows, parts = 128 // K, 16
     segments = dict(
         seq_threshold_3D=rows,
@@ -94,7 +94,7 @@ def vllm_attention(
         softmax_segm_expsum=torch.empty(rows, H, parts, dtype=torch.float32),
     )
     found = {TRITON: in_triton}
-    if current_platform.is_cuda() and q_NHd.dtype != torch.float32:  # which FlashAttention refuses
+    if current_platform.is_cuda() and q_NHd.dtype != torch.float32:  # FlashAttention refuses float32
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
         version = get_flash_attn_version()
@@ -133,7 +133,7 @@ def angles(positions: int, dtype: torch.dtype) -> Rotation:
 
 
 def cross_attentions(requests: int, context: int, dtype: torch.dtype) -> Contestants:
-    """By name, what computes the attention of one cross-decoder layer over the global cache: (N, H, d)."""
+    """Functions by name that compute the attention of one cross-decoder layer over the global cache: (N, H, d)."""
     keys, values, batch, _ = decodes(requests, context, GLOBAL_BLOCK, 1, dtype)
     q_NHd = torch.randn(requests, H, d, dtype=dtype)
     ours = {"ours": lambda: cross_attention(q_NHd, keys, values, batch, d**-0.5)}
@@ -142,7 +142,7 @@ def cross_attentions(requests: int, context: int, dtype: torch.dtype) -> Contest
 
 
 def window_steps(requests: int, context: int, dtype: torch.dtype) -> Contestants:
-    """By name, what takes projections to the attention of one (iteration, layer), its cache written: (N, H, d)."""
+    """Functions by name from an (iteration, layer)'s projections to its attention (N, H, d), which write its cache."""
     keys, values, batch, slots_N = decodes(requests, context, WINDOW_BLOCK, CACHES_A_BLOCK, dtype)
     qkv_NX = torch.randn(requests, (H + 2 * K) * d, dtype=dtype)
     q_NX, k_NX, v_NX = qkv_NX.split([H * d, K * d, K * d], dim=-1)
@@ -183,7 +183,7 @@ def window_steps(requests: int, context: int, dtype: torch.dtype) -> Contestants
         return step
 
     ways = {"vLLM's norm and RoPE": eager}
-    if current_platform.is_cuda():  # what the engine does by default
+    if current_platform.is_cuda():  # the engine's default
         ways["compiled norm and RoPE"] = torch.compile(in_torch, dynamic=False)
     theirs = vllm_attention(q_NHd, keys, values, batch, context, window=W)
     return {"ours": ours} | {
@@ -194,10 +194,10 @@ def window_steps(requests: int, context: int, dtype: torch.dtype) -> Contestants
 
 
 def global_writes(requests: int, context: int, dtype: torch.dtype) -> Contestants:
-    """By name, what norms, rotates and writes the global KV of a step: the keys' cache (B, S, K, d)."""
+    """Functions by name that norm, rotate and write a step's global KV and return the keys' cache (B, S, K, d)."""
     keys, values, _, slots_N = decodes(requests, context, GLOBAL_BLOCK, 1, dtype)
     k_NKd, v_NKd = torch.randn(2, requests, K, d, dtype=dtype)
-    # A cache for each, so that nobody finds what the other wrote.
+    # Each has a cache of its own, so that neither finds what the other wrote.
     their_keys, their_values = torch.cat([keys, values], dim=-1).chunk(2, dim=-1)
     norm_d, normed_NKd, unscaled = torch.rand(d).to(dtype), torch.empty_like(k_NKd), torch.ones(1)
     rotation, positions_N = angles(context, dtype), torch.full((requests,), context - 1)
@@ -218,7 +218,7 @@ def global_writes(requests: int, context: int, dtype: torch.dtype) -> Contestant
 
 
 def times_us(made: list[Contestants]) -> dict[str, list[float]]:
-    """Of interleaved rounds, one call among those on every one of `made`, in a CUDA graph as a decode step is."""
+    """Microseconds of a call in each round, by name. A CUDA graph, like a decode step's, has one call on each set."""
 
     def each(name: str) -> Callable[[], None]:
         calls = [contestants[name] for contestants in made]
@@ -240,7 +240,7 @@ def times_us(made: list[Contestants]) -> dict[str, list[float]]:
 def compare(
     result: Result, kernel: str, kind: Callable[..., Contestants], contexts: tuple[int, ...], seen: int | None
 ) -> None:
-    """Add the times of a kind's contestants; `seen` tokens of a context are read or written, or None for all."""
+    """Add the times of a kind's contestants, which read or write `seen` tokens of a context (None: all of them)."""
     source = torch.empty(COPIED_BYTES, dtype=torch.uint8)
     target = torch.empty_like(source)
     for requests in BATCHES:

@@ -1,4 +1,4 @@
-"""KV cache groups and bytes: one group a layer and iteration, packed, and the formula, read from vLLM's block pool."""
+"""KV cache groups and bytes of both layouts, read from vLLM's block pool, next to the bytes by the formula."""
 
 from benchmarks.engine import LAYOUTS, block_bytes, config, core, start, stop  # isort: skip
 from typing import Any
@@ -34,7 +34,7 @@ def held_in_decode(llm: LLM, tokens: int) -> int:
 def measure() -> Result:
     result = Result.here("kv_layout", dtype="bfloat16", chunk=CHUNK)
     for shape in SHAPES:
-        # No cache sees the width of the model.
+        # The model's width does not change its caches.
         cfg = config(shape, hidden_size=64, intermediate_size=64)
         for layout, options in LAYOUTS.items():
             progress(f"{shape}, {NAMES[layout]}")

@@ -1,9 +1,9 @@
 """YOCO-U compared with what people would serve instead, in the same vLLM: Transformers, and vLLM's looped models.
 
 Peers have the width, heads and feed-forward of YOCO-U. One Transformer has as many layers as YOCO-U has layer passes,
-S·T + C, one as many as it stores, S + C. The looped ones are YOCO-U with a KV cache group for each cache, and vLLM's
-IQuestLoopCoder, whose S + C layers run twice, the second time over a window. All have vLLM's default chunks, so that
-YOCO-U's chunks are the plugin's and the others' are vLLM's. With --paper the shape is the paper's, on a GPU.
+S·T + C, another as many as YOCO-U stores, S + C. The looped ones are YOCO-U with a KV cache group for each cache, and
+vLLM's IQuestLoopCoder, whose S + C layers run twice, the second time over a window. Chunks are the defaults: the
+plugin's for YOCO-U, vLLM's for the others. With --paper the shape is the paper's, on a GPU.
 """
 
 from benchmarks.engine import (
@@ -39,7 +39,7 @@ MARGIN = 4096  # tokens that a request has room for beyond its prompt, or in fli
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a table: prompt rounds by length in tokens, requests of the decode steps, and how much a pool has to hold.
+    """The sizes of a table: prompt rounds by length in tokens, requests of the decode steps, and what a pool must hold.
 
     All requests of the largest batch fit at `together` tokens, one of them at the longest length.
     """
@@ -92,7 +92,7 @@ def peers(sizes: Sizes) -> dict[str, tuple[PretrainedConfig, dict[str, Any]]]:
     element_bytes = getattr(torch, sizes.dtype).itemsize
 
     def pool(layers: int, share: float = 1.0) -> dict:
-        """Room in the caches of so many layers, each of all tokens."""
+        """Room for the caches of `layers` layers, each of which holds all tokens."""
         token_bytes = KVBytes.transformer(ours, element_bytes).token // ours.num_hidden_layers * layers
         return dict(kv_cache_memory_bytes=int(share * token_bytes * max(longest, batch * (sizes.together + MARGIN))))
 
@@ -125,7 +125,7 @@ def prefill(engines: dict[str, LLM], prompts: dict[int, int]) -> dict[int, dict[
 
 
 def decode(engines: dict[str, LLM], context: int, batch: int) -> dict[str, list[float]]:
-    """Seconds of steps by engine; of those whose pool holds so many requests."""
+    """Seconds of steps by engine, where its pool holds so many requests."""
     progress(f"decode at {context} tokens, batch {batch}")
     taken: dict[str, list[float]] = {}
     with ExitStack() as stack:
@@ -162,7 +162,7 @@ def described(sizes: Sizes) -> dict[str, Any]:
 def measure(sizes: Sizes) -> Result:
     longest, most = max(sizes.prompts) + MARGIN, max(sizes.batches)
     settings: dict[str, Any] = dict(dtype=sizes.dtype, max_model_len=longest, max_num_seqs=most)
-    settings |= dict(enforce_eager=not torch.cuda.is_available())  # on a CPU nobody waits for five models to compile
+    settings |= dict(enforce_eager=not torch.cuda.is_available())  # on a CPU five models would take too long to compile
     engines = {}
     for name, (cfg, more) in peers(sizes).items():
         progress(f"starting {name}")

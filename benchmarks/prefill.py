@@ -14,7 +14,7 @@ SHAPE = "57M"
 
 
 def flops(cfg: YocoUConfig, tokens: int, rows: int) -> float:
-    """Multiply-adds times two of a prompt of which `rows` go through the cross-decoder; the head sees one row."""
+    """Operations of a prompt, two a multiply-add; the cross-decoder takes `rows` of it and the head one."""
     D, F, d, dc = cfg.hidden_size, cfg.intermediate_size, cfg.head_dim, cfg.cross_head_dim
     heads, kv_heads, cross_heads = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.cross_num_attention_heads
     passes, cross_layers = cfg.num_iterations * cfg.num_self_decoder_layers, cfg.num_cross_decoder_layers

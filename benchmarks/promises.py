@@ -1,4 +1,4 @@
-"""What the soak holds a server to: each promise is a check that raises `Mistake`, and a report that counts them."""
+"""Each promise that the soak checks is a function that raises `Mistake`; a report counts the mistakes."""
 
 import json
 from collections import Counter
@@ -13,8 +13,8 @@ from benchmarks.results import Result
 from benchmarks.tables.quality import SENT
 from vllm_yocou.reference import YocoUForCausalLM
 
-MARGIN = 1e-3  # where the reference's two best logits are closer, either token is right (tests/oracle.py)
-TOLERANCE = 1e-3  # |Δlogprob|, as in tests/test_server.py
+MARGIN = 1e-3  # where the reference's two best logits are closer, either token is right (tests/harness/oracle.py)
+TOLERANCE = 1e-3  # |Δlogprob|, as in tests/serving/test_server.py
 GROWTH = 0.02
 
 
@@ -136,7 +136,7 @@ class Report:
         ]
 
     def add_to(self, result: Result) -> None:
-        """For each kind of request: sent, answered, left by the client, tokens compared; then the idle server's."""
+        """Add the counts of each kind of request, then the idle server's figures."""
         for kind in sorted(self.sent):
             for name, counts in zip(SENT, (self.sent, self.answered, self.aborted, self.tokens), strict=True):
                 unit = "tokens" if counts is self.tokens else "requests"

@@ -23,7 +23,7 @@ STEPS, ROUNDS = 32, 3
 
 
 class Clock(StoppingCriteria):
-    """The time of each new token of generate(), which asks after each whether to stop: never."""
+    """Notes the time of each new token of generate() and never stops it."""
 
     def __init__(self) -> None:
         self.at_s: list[float] = []
@@ -45,7 +45,7 @@ def by_reference(model: YocoUForCausalLM, prompts_BN: torch.Tensor) -> tuple[flo
 
 
 def by_vllm(llm: LLM, prompts_BN: torch.Tensor) -> tuple[float, float]:
-    """The same; steps are of requests that are all in decode."""
+    """The same by vLLM; all requests are in decode when its steps are timed."""
     parameters = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
     start_s = time.perf_counter()
     llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts_BN.tolist()], parameters, use_tqdm=False)

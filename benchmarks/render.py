@@ -1,4 +1,4 @@
-"""Results as Markdown and pictures: what stands between markers in the READMEs comes from benchmarks/results alone.
+"""What stands between the markers of a page, and every picture, is made from benchmarks/results alone.
 
 <!-- results: prefill -->
 one section for each machine that has a result
@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.registry import TABLES
 from benchmarks.results import FOLDER, ROOT, Result
+from benchmarks.tables.catalogue import TABLES
 
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 START = re.compile(r"^<!-- results: (.*) -->$", re.MULTILINE)
@@ -45,7 +45,7 @@ def section(result: Result) -> str:
 
 
 def block(name: str, page: Path) -> str:
-    """A section for each machine, each with its picture, for a page whose links start from its folder."""
+    """A section for each machine, with its picture; links start from the folder of `page`."""
     sections = []
     for result in Result.all_of(name):
         sections.append(section(result))
@@ -99,7 +99,7 @@ def draw(result: Result) -> None:
 
 
 def is_drawn(result: Result) -> bool:
-    """The picture is there and shows this result."""
+    """Whether the picture exists and shows this result."""
     path = picture(result)
     return path.exists() and f"{SOURCE}\0{digest(result)}".encode() in path.read_bytes()
 
@@ -127,7 +127,7 @@ def stale_pictures() -> list[Result]:
 
 
 def write() -> list[Path]:
-    """Rewrite the blocks and draw the pictures that are out of date; what was written."""
+    """Rewrite the blocks and draw the pictures that are out of date; return what was written."""
     written = []
     for page in PAGES:
         text = rendered(page)

@@ -1,6 +1,6 @@
 """A `Result` is one table's measurement on one machine, with the value of every run: all that rendering needs.
 
-It is kept as results/<machine>/<table>.json, which the tables and pictures of the READMEs are rendered from.
+It is kept as results/<machine>/<table>.json. The tables and pictures of the pages are rendered from these files.
 """
 
 import json
@@ -40,9 +40,11 @@ class Result:
         settings: of the run: shape, dtype, rounds and whatever else decides what is measured.
         measurements: in the order of the table.
         environment: versions, platform and processor features, from `vllm_yocou.cli.environment`.
-        commit: of the tree that measured; "-changed" follows it where the tree had other changes.
+        commit: of the tree that measured; where the tree had other changes, "-changed" follows it and the remark says
+            what they were.
         date: UTC, ISO 8601.
-        transcribed: the values are from a printed table, one a quantity, ratios included.
+        transcribed: individual runs were not kept. Each quantity has the one figure that was printed, and so have
+            ratios, where they were printed.
         remark: a sentence on how the values came about, for readers of the file.
     """
 
@@ -59,7 +61,7 @@ class Result:
     @classmethod
     def here(cls, table: str, **settings: Any) -> "Result":
         """An empty result of this machine, this environment and this commit."""
-        from vllm_yocou.cli import environment  # here alone: rendering needs none of what it looks at
+        from vllm_yocou.cli import environment  # imported here, because rendering needs none of what it looks at
 
         described = environment.describe()
         date = datetime.now(UTC).date().isoformat()
@@ -121,7 +123,7 @@ class Result:
 
 
 def machine(described: dict[str, Any]) -> str:
-    """The GPU's name, or the number of cores and the processor's, of what `environment.describe` says."""
+    """The GPU's name, or the number of cores and the processor's name, from what `environment.describe` says."""
     platform, processor = described["platform"], described["processor"]
     if platform["gpus"]:
         return platform["gpus"][0]
@@ -129,13 +131,13 @@ def machine(described: dict[str, Any]) -> str:
 
 
 def slug(machine: str) -> str:
-    """2-cores-intel-xeon-2.80ghz, of 2 cores of Intel(R) Xeon(R) Processor @ 2.80GHz."""
+    """The machine's folder: 2-cores-intel-xeon-2.80ghz for 2 cores of Intel(R) Xeon(R) Processor @ 2.80GHz."""
     bare = re.sub(r"\((r|tm)\)|\b(of|processor|cpu)\b|@", " ", machine.lower())
     return "-".join(re.findall(r"[a-z0-9.]+", bare))
 
 
 def commit() -> str:
-    """Of the checkout; "" outside one. Results and pages do not count as changes: running tables writes them."""
+    """The checkout's commit, or "" outside one. Results and pages are not changes, since running tables writes them."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()

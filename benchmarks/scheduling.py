@@ -2,7 +2,7 @@
 
 import os
 
-# One thread: what is timed is Python, and tensors of a few hundred numbers.
+# One thread, because only Python and tensors of a few hundred numbers are timed.
 os.environ["OMP_NUM_THREADS"] = "1"
 from benchmarks.engine import LAYOUTS, Stopwatch, config, core, decoding  # isort: skip
 from benchmarks.engine import runner, start  # isort: skip
@@ -18,7 +18,7 @@ STEPS, ROUNDS = 30, 5
 
 
 class Engine:
-    """An engine whose model's part of a step is timed apart."""
+    """An engine in which the model's part of a step is timed separately."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         # The model's width costs time that this table does not show.

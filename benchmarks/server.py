@@ -46,7 +46,7 @@ class Server:
 
 @contextmanager
 def serving(command: list[str], log: Path, ready: str = READY, limit_s: int = 1200) -> Iterator[Server]:
-    """`command` with --port, a `Server` from the moment that its log says `ready`."""
+    """Run `command` with --port; yield its `Server` once the log says `ready`."""
     port = free_port()
     with log.open("w") as out:
         # `timeout` bounds its life, whatever becomes of this process.

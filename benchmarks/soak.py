@@ -1,10 +1,10 @@
-"""Mixed clients against a real server whose KV space is too small for them; what it promises is checked at the end.
+"""Mixed clients check what a real server promises while its KV space is too small for them.
 
     python -m benchmarks soak --minutes 10
 
 Each client has a random generator of its own, so its requests are the same for the same seed, however many of them the
-time allows. The reference model computes what a small pool of prompts must be answered with before the load starts:
-then a request costs a comparison, and the cores are the server's.
+time allows. Before the load starts the reference model computes the right answers to a small pool of prompts. A request
+then costs a comparison only, and the server has the cores.
 """
 
 import argparse
@@ -45,8 +45,8 @@ from benchmarks.server import VLLM, Server, serving
 CHECKPOINT = Path(__file__).parent.parent / "examples" / "yoco-u-kjv"
 TEXT = CHECKPOINT.parent / "evaluation" / "kjv_last_word.jsonl"
 CONTEXT, CHUNK = 2048, 64
-# Blocks so small that requests grow while they run, in space for one of the whole context or six short ones, of the
-# twelve that the clients keep in flight.
+# Blocks are so small that requests grow while they run. The space holds one request of the whole context, or six short
+# ones; the clients keep twelve in flight.
 SETTINGS = f"--dtype float32 --max-model-len {CONTEXT} --kv-cache-memory-bytes 3M"
 SETTINGS += f" --max-num-batched-tokens {CHUNK} --max-num-seqs 16 --host 127.0.0.1"
 SETTINGS += ' --additional-config {"yocou":{"max_global_block":96}}'
@@ -89,7 +89,7 @@ PostRequest = AbstractAsyncContextManager[aiohttp.ClientResponse]
 
 
 class Client:
-    """One request after the other, each of a kind that its generator draws; the methods below are the kinds."""
+    """Sends one request after the other, each of a kind that its generator draws; the methods below are the kinds."""
 
     def __init__(self, server: Server, reference: Reference, pool: list[Expected], report: Report, seed: str):
         self.server, self.reference, self.pool, self.report = server, reference, pool, report
@@ -154,7 +154,7 @@ class Client:
         self.compare(expected, choice["token_ids"], tokens)
 
     async def several(self, session: aiohttp.ClientSession) -> None:
-        """Sampled among the best one alone: vLLM refuses n > 1 at temperature 0."""
+        """Sample with top_k 1, since vLLM refuses n > 1 at temperature 0."""
         expected, tokens = self.draw()
         for choice in await self.answer(session, expected, tokens, n=3, temperature=1, top_k=1):
             self.compare(expected, choice["token_ids"], tokens)
@@ -175,7 +175,7 @@ class Client:
         text = choice["text"]
         cut = choice["finish_reason"] == "length"
         if not any(text == form or (cut and form.startswith(text)) for form in CHOICES):
-            raise Mistake("structured output has its form", f"{text!r} is none of {', '.join(CHOICES)}")
+            raise Mistake("structured output has its form", f"{text!r} is not one of {', '.join(CHOICES)}")
 
     async def sampled(self, session: aiohttp.ClientSession) -> None:
         expected, tokens = self.draw()
@@ -191,7 +191,7 @@ class Client:
         self.compare(expected, served, tokens)
 
     async def aborted(self, session: aiohttp.ClientSession) -> None:
-        """Ask for all that the context has room for, leave after some of it, or before any."""
+        """Ask for as many tokens as the context has room for, and leave after some of them or before the first."""
         expected, tokens = self.draw()
         wanted, served = self.random.choice((0, tokens)), []
         async with self.post(session, expected, CONTEXT - len(expected.prompt), stream=True) as response:
@@ -216,7 +216,7 @@ class Client:
         self.report.answered[self.kind] += 1
 
 
-# How often a client draws them, of the sum.
+# Weights with which a client draws them.
 KINDS = dict(whole=4, streamed=4, aborted=4, at_the_limit=1, several=2, scored=2, structured=2, sampled=1, bad=4)
 
 
@@ -236,14 +236,14 @@ async def streamed_tokens(response: aiohttp.ClientResponse) -> AsyncIterator[int
 
 
 async def load(clients: list[Client], seconds: float) -> None:
-    """Returns when the last request has its answer."""
+    """Run the clients for so many seconds, until the last request has its answer."""
     async with session() as http:
         until_s = time.monotonic() + seconds
         await asyncio.gather(*(client.run(http, until_s) for client in clients))
 
 
 async def warm_up(server: Server, text: list[int]) -> None:
-    """A step of every number of rows, in both decoders: a CPU's matrix products keep code for every shape they saw."""
+    """Run steps of every number of rows in both decoders: a CPU's matrix products keep code for every shape."""
     async with session() as http:
         for rows in range(1, CHUNK + 1):
             body = dict(model=server.model, prompt=text[rows : 2 * rows], max_tokens=1, prompt_logprobs=0)
@@ -260,7 +260,7 @@ def metric(server: Server, name: str) -> float:
 
 
 def idle_usage(server: Server) -> float:
-    """Part of the KV cache in use once nothing runs: aborted requests end a little after their clients have left."""
+    """The share of the KV cache in use when nothing runs; aborted requests end a little after their clients leave."""
     deadline_s = time.monotonic() + IDLE_S
     while time.monotonic() < deadline_s:
         if not any(metric(server, f"num_requests_{state}") for state in ("running", "waiting")):
@@ -272,15 +272,15 @@ def idle_usage(server: Server) -> float:
 def memory(process: subprocess.Popen) -> int:
     """Bytes that a process and its children have for themselves.
 
-    Not the resident set: that has pages of libraries, which the kernel drops and reads again as it likes (seen: a
-    quarter of it at once), and counts the shared ones once a process.
+    The resident set would not do. It has pages of libraries, which the kernel drops and reads again at will (once it
+    dropped a quarter of the set), and it counts shared pages once for each process.
     """
     parent = psutil.Process(process.pid)
     return sum(each.memory_full_info().uss for each in (parent, *parent.children(recursive=True)))
 
 
 def prompts() -> Iterator[list[int]]:
-    """Of every length; every second one begins as the others do, so that prefixes are found in the cache."""
+    """A prompt of every length; every second one begins like the others, so that the cache holds its prefix."""
     items = [json.loads(line)["context"] for line in TEXT.read_text().splitlines()]
     text = AutoTokenizer.from_pretrained(CHECKPOINT).encode("\n".join(items))
     for i, length in enumerate(LENGTHS):
@@ -334,7 +334,7 @@ def main() -> int:
     if not report.mistakes:
         publish(result)
         return 0
-    print(render.section(result))  # to look at; a broken promise leaves no result
+    print(render.section(result))  # printed only: a broken promise leaves no result
     for sentence in report.sentences():
         progress(sentence)
     return 1

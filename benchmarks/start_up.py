@@ -21,7 +21,7 @@ LIMIT_S = 600
 
 
 def seconds(cache: str, iterations: int, eager: bool = False) -> list[float]:
-    """From the command to ready, and of that vLLM's warm-up, in which it compiles or loads what it has compiled.
+    """Seconds from the command to ready, and those of vLLM's warm-up, in which it compiles or loads what it compiled.
 
     The folder `cache` keeps a checkpoint and what was compiled for it: vLLM's compiled code belongs to its path.
     """

@@ -29,11 +29,11 @@ WARMUP = 4  # steps
 LEARNING_RATE = 5e-4
 NEXT_TOKEN = 0.1  # weight of the next-token loss; the rest is that of the divergence from the source
 
-Choices = dict[str, dict[str, Any]]  # by name, what `build` is told
+Choices = dict[str, dict[str, Any]]  # arguments of `build`, by name
 
 
 def choices(layers: int) -> tuple[Choices, Choices]:
-    """What is compared, for a source of this many layers: what is healed, and what is only started."""
+    """The choices that are compared for a source of so many layers: those to heal, and those only to initialise."""
     half, default = layers // 2, "the boundary layer's, RoPE"
     own: dict[str, Any] = dict(self_layers=half, attention_from=range(half, layers))
     healed: Choices = {

@@ -8,8 +8,8 @@ from benchmarks.tables.table import Rows, Table, cell, over
 OURS, LIKE_PAPER, LOOPED = "YOCO-U", "Transformer, S + C layers", "IQuestLoopCoder, 2 · (S + C) passes"
 UNPACKED = "YOCO-U, a group for each cache"
 
-# Of the paper's table (SPEC.md, section 5): prefill, decode and KV bytes of YOCO-U over a Transformer of S + C layers,
-# and over its looped model, RINS.
+# From the paper's table of inference costs (arXiv 2604.01220): prefill, decode and KV bytes of YOCO-U over those of a
+# Transformer of S + C layers, and over those of its looped model, RINS.
 PAPER_RATIOS: dict[str, dict[int, tuple[float, float | None, float | None]]] = {
     LIKE_PAPER: {
         8 << 10: (75_637 / 85_707, None, 46 / 320),
@@ -134,7 +134,7 @@ def reference_model_note(result: Result) -> str:
     )
 
 
-# Of `vllm bench serve`: what it calls a figure, and digits.
+# Figures of `vllm bench serve`: its own name for each, and how many digits are shown.
 FIGURES = {
     "requests/s": ("request_throughput", 2),
     "tokens/s, prompts and answers": ("total_token_throughput", 1),
@@ -143,8 +143,8 @@ FIGURES = {
 }
 
 
-def serving_rows(result: Result) -> Rows:
-    """With each figure what it is to the last way's."""
+def bench_serve_rows(result: Result) -> Rows:
+    """Each figure, with its ratio to the last row's."""
     *_, last = result.keys("way")
     rows = []
     for way in result.keys("way"):
@@ -157,7 +157,7 @@ def serving_rows(result: Result) -> Rows:
     return ["", *FIGURES], rows
 
 
-def serving_note(result: Result) -> str:
+def bench_serve_note(result: Result) -> str:
     settings = result.settings
     return (
         f"{settings['shape']} shape, {settings['kv_heads']} KV heads, random weights, {settings['dtype']}, eager: "
@@ -200,11 +200,11 @@ TABLES = (
         note=reference_model_note,
     ),
     Table(
-        name="serving",
+        name="bench_serve",
         about="`vllm bench serve`, with row skipping and prefix caching on and off",
         needs="two quiet cores, 8 GiB of memory",
         takes="15 minutes",
-        rows=serving_rows,
-        note=serving_note,
+        rows=bench_serve_rows,
+        note=bench_serve_note,
     ),
 )

@@ -8,7 +8,7 @@ SKIPPING, EVERY_ROW = "skipping", "every row"
 KERNELS = f"{OURS}, option kernels"
 PAPER_REQUESTS = 32  # of the paper's decode speeds
 
-# Of gpu_exactness, one run for each scenario: what the served numbers were compared on, and what was found.
+# Measurements of gpu_exactness, which have one run for each scenario.
 COMPARED, GREEDY, OTHERS = "log probabilities", "greedy tokens", "other greedy tokens"
 LARGEST, OWN_LARGEST = "largest difference", "largest difference, reference"
 MEDIAN, OWN_MEDIAN = "median difference", "median difference, reference"
@@ -21,7 +21,7 @@ def in_chunks(tokens: int) -> str:
 
 
 def gpu_prefill_rows(result: Result) -> Rows:
-    """Of tokens/s of one prompt."""
+    """Tokens/s of one prompt, and their ratios."""
     first = result.keys("model")[0]
     rows = []
     for tokens in result.keys("tokens"):
@@ -56,7 +56,7 @@ def gpu_decode_rows(result: Result) -> Rows:
             paper = PAPER_RATIOS[LIKE_PAPER].get(tokens, (None, None, None))[1] if batch == PAPER_REQUESTS else None
             for model, step_s in taken.items():
                 cells = [cell(step_s * 1e3, ".3f", " ms"), cell(batch / step_s, ",.0f")]
-                # The faster one's step is the shorter one.
+                # Tokens/s are the inverse of steps.
                 faster = over(taken.get(LIKE_PAPER), step_s)
                 compared = "" if faster is None or model == LIKE_PAPER else ratio(faster, paper)
                 rows.append([batch, f"{tokens:,}", model, *cells, ratio(over(taken.get(first), step_s)), compared])
@@ -87,7 +87,7 @@ def gpu_decode_note(result: Result) -> str:
 
 
 def exactness_row(ones: list[Measurement]) -> list[str]:
-    """Of the measurements of some checks."""
+    """Cells that sum up the measurements of some checks."""
 
     def runs(name: str) -> list[float]:
         return [value for one in ones if one.name == name for value in one.runs]

@@ -9,7 +9,7 @@ from benchmarks.tables.table import Rows, Table, cell, over
 
 
 def t_sweep_costs(result: Result, t: int) -> dict[str, tuple[float | None, float | None]]:
-    """Prefill and decode in tokens/s, KV cache in MiB; each with what it is to the first T's."""
+    """Prefill and decode in tokens/s, KV cache in MiB; each with its ratio to the first T."""
 
     def figures(t: int) -> dict[str, float | None]:
         prompt, batch = result.settings["prompt"], result.settings["batch"]
@@ -63,7 +63,7 @@ def draw_t_sweep(result: Result, figure: Any) -> None:
 
 
 def upcycling_rows(result: Result) -> Rows:
-    """Losses are means over the held-out rows; the last column's error is of the difference's mean."""
+    """Losses are means over the held-out rows; the last column has the standard error of the mean difference."""
     first: list[float] = []
     rows = []
     for one in (one for one in result.measurements if one.name in ("loss at the start", "loss of the source")):
@@ -98,7 +98,7 @@ SCORES = ("PIQA", "BoolQ", "niah_single_1")
 
 
 def healing_rows(result: Result) -> Rows:
-    """The KV cache with the source's over this one, the speed over the source's."""
+    """KV caches come with the source's over this one, speeds with this one over the source's."""
     source = dict(model=result.measurements[0].of["model"])
     source_held, source_step = result.median("KV cache", **source), result.median("decode step", **source)
     rows = []

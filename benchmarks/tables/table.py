@@ -49,7 +49,7 @@ class Table:
 
 
 def cell(value: float | None, form: str = "", unit: str = "") -> str:
-    """A number in a table; "" where there is none."""
+    """A number in a table, or "" for None."""
     return "" if value is None else f"{value:{form}}{unit}"
 
 

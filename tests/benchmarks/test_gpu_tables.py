@@ -10,9 +10,9 @@ import pytest
 from harness.checkout import ROOT
 
 from benchmarks import render, results
-from benchmarks.registry import TABLES
 from benchmarks.results import Result
 from benchmarks.tables import gpu as tables
+from benchmarks.tables.catalogue import TABLES
 from benchmarks.tables.comparisons import LIKE_PAPER
 from benchmarks.tables.gpu import EVERY_ROW, KERNELS, SKIPPING, in_chunks
 
@@ -81,6 +81,11 @@ def test_decode_leaves_out_what_does_not_fit():
     ]
     result.add("decode step", "s", [0.024], batch=32, tokens=16 * K, model=LIKE_PAPER)
     assert shown(result)[2][-1] == "1.50x (paper 1.10x)"
+
+
+def test_a_median_in_place_of_its_runs_is_called_transcribed():
+    for result in Result.all_of("gpu_decode"):
+        assert result.transcribed or all(len(one.runs) == result.settings["steps"] for one in result.measurements)
 
 
 def add_checks(result: Result, dtype: str, run: str, model: str, others: int = 0) -> None:
@@ -247,8 +252,11 @@ def test_a_tiny_model_on_a_cpu(starts_vllm, nightly, monkeypatch, tmp_path):
     for name, value in (small | dict(CHUNKS={"prefill": (64, 128), "decode": (64,)})).items():
         monkeypatch.setattr(gpu, name, value)
     models = gpu.models
-    without = lambda what, sizes: {name: one for name, one in models(what, sizes).items() if name != KERNELS}  # noqa: E731
-    monkeypatch.setattr(gpu, "models", without)
+
+    def without_kernels(what, sizes):
+        return {name: one for name, one in models(what, sizes).items() if name != KERNELS}
+
+    monkeypatch.setattr(gpu, "models", without_kernels)
     prefill = gpu.measure("prefill", {40: 1, 300: 2}, enforce_eager=True)
     assert [row[1] for row in shown(prefill)] == [in_chunks(64), in_chunks(128), LIKE_PAPER] * 2
     assert prefill.settings["chunks"][in_chunks(64)] == 64

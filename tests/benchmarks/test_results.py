@@ -10,8 +10,10 @@ import pytest
 from harness.checkout import ROOT
 
 from benchmarks import render, results
-from benchmarks.registry import GROUPS, TABLES
 from benchmarks.results import Result
+from benchmarks.tables.catalogue import GROUPS, TABLES
+from benchmarks.tables.gpu import COMPARED
+from benchmarks.tables.quality import SCORES
 
 XEON, EPYC = "2 cores of Intel(R) Xeon(R) Processor @ 2.80GHz", "2 cores of AMD EPYC"
 
@@ -28,7 +30,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 def page(folder, monkeypatch) -> Path:
     """The only page, with a block for chunk_size."""
     page = folder / "README.md"
-    page.write_text("before\n\n<!-- results: chunk_size -->\n<!-- end -->\n\nbehind\n")
+    page.write_text("before\n\n<!-- results: chunk_size -->\n<!-- end -->\n\nafter\n")
     monkeypatch.setattr(render, "PAGES", (page,))
     monkeypatch.setattr(render, "ROOT", folder)
     return page
@@ -127,7 +129,7 @@ def test_two_machines_stand_next_to_each_other(page):
     assert first.startswith("before\n\n<!-- results: chunk_size -->\n\n**2 cores of AMD EPYC**")
     assert "| 512 | 64.0 MiB | 0.50 s | 2.00x |\n| 1024 | 128.0 MiB | 1.00 s | 1.00x |" in first
     assert "| 512 | 64.0 MiB | 2.00 s | 2.00x |\n| 1024 | 128.0 MiB | 4.00 s | 1.00x |" in second
-    assert second.endswith("\n\n<!-- end -->\n\nbehind\n")
+    assert second.endswith("\n\n<!-- end -->\n\nafter\n")
     assert render.write() == [] and render.mistakes() == []
 
 
@@ -211,10 +213,41 @@ def test_results_are_kept_under_their_own_names():
         assert Result.load(path).path == path
 
 
-def test_every_value_has_a_unit_or_is_a_pure_number():
-    """A transcribed result says so in a sentence; a measured one names its commit, and its GPU or processor."""
+TIMES = {"s", "ms", "us", "1/s"}
+SIZES = {"bytes", "MiB", "bytes/us"}
+COUNTS = {"tokens", "rows", "groups", "texts", "requests", "preemptions"}
+UNITS = TIMES | SIZES | COUNTS | {"nats", "x"}
+# Perplexities, scores and shares, and how many log probabilities were compared.
+PURE = {"held-out perplexity", "score", *SCORES, "share", "Python and dispatch, share", COMPARED}
+PURE |= {"reached, by time", "reached, by FLOPs"}
+
+
+def without_unit(result: Result) -> list[str]:
+    """Names of measurements whose unit is unknown, missing, or given to a pure number."""
+    return [one.name for one in result.measurements if (one.unit not in UNITS) != (one.unit == "" and one.name in PURE)]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(results.FOLDER.glob("*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_every_value_has_a_unit_or_is_a_pure_number(path):
+    result = Result.load(path)
+    assert result.measurements and all(one.runs for one in result.measurements)
+    assert not without_unit(result)
+
+
+@pytest.mark.parametrize("name, unit", [("prefill", ""), ("prefill", "seconds"), ("score", "points")])
+def test_a_value_without_its_unit_is_seen(name, unit):
+    result = chunks(XEON, {512: [1.0]})
+    result.add("score", "", 0.5)
+    assert not without_unit(result)
+    result.add(name, unit, 1.0)
+    assert without_unit(result) == [name]
+
+
+def test_every_result_says_where_it_is_from():
+    """A transcribed one says so in a sentence; a measured one names its GPU or processor."""
     for result in render.results():
-        assert result.measurements and all(one.runs for one in result.measurements), result.path
         assert result.commit and result.date
         if result.transcribed:
             assert result.remark.endswith(".") and "individual runs were not kept" in result.remark

@@ -14,8 +14,8 @@ from harness.llamas import save_material, upcycle
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from benchmarks import render, results
-from benchmarks.registry import TABLES
 from benchmarks.results import Result
+from benchmarks.tables.catalogue import TABLES
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +135,7 @@ def test_ratios_of_peers_name_the_papers():
         result.add("decode step", "s", [step_s], tokens=tokens, model=model, batch=batch)
     ours, theirs = shown(result)
     assert ours[2:] == ["4,096 (4.00 s)", "1.00x", "2.0", "1.00x", "8.0", "1.00x", "1.0 MiB", "1.00x", "1024"]
-    # SPEC.md, section 5: 75,694 tokens/s of prefill beside 66,342, of decode 1,966 beside 1,795, 62 MB beside 640.
+    # arXiv 2604.01220: 75,694 tokens/s of prefill against 66,342, of decode 1,966 against 1,795, 62 MB against 640.
     assert theirs[2:5] == ["2,048 (8.00 s)", "2.00x (paper 1.14x)", "4.0"]
     assert theirs[5:] == ["0.50x", "does not fit", "(paper 1.10x)", "4.0 MiB", "0.25x (paper 0.10x)", "256"]
 
@@ -188,10 +188,10 @@ def test_costs_of_iterations():
     assert three == [3, "40.00", "1,024 (0.50x)", "200 (0.25x)", "3.00 MiB (3.00x)"]
 
 
-def test_serving():
+def test_bench_serve():
     from benchmarks.tables.comparisons import FIGURES
 
-    result = Result("serving", "")
+    result = Result("bench_serve", "")
     for way, figures in (("skipping", [0.5, 1300.0, 250.0, 30.0]), ("every row", [0.25, 650.0, 1000.0, 60.0])):
         for name, value in zip(FIGURES, figures, strict=True):
             result.add(name, "", [value - 0.125, value, value + 1], way=way)

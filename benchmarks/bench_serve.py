@@ -14,7 +14,7 @@ from benchmarks.server import VLLM, Server, serving, user_environment
 from benchmarks.tables.comparisons import FIGURES
 
 SHAPE, ROUNDS = "57M", 2
-LIMIT_S = 3600  # of a server, which outlives the runs against all of them
+LIMIT_S = 3600  # of a server, which must outlive the runs against all servers
 TOKENIZER = Path(__file__).parent.parent / "examples" / "yoco-u-kjv"
 SETTINGS = "--load-format dummy --dtype float32 --max-model-len 4096 --max-num-seqs 8 --host 127.0.0.1"
 SETTINGS += " --kv-cache-memory-bytes 1G --gpu-memory-utilization 0.15 --enforce-eager"
@@ -45,14 +45,14 @@ def measure() -> Result:
     cfg = config(SHAPE)
     sizes = dict(shape=SHAPE, kv_heads=cfg.num_key_value_heads, dtype="float32", prompts=PROMPTS, prefix=PREFIX)
     sizes |= dict(input=INPUT, output=OUTPUT, concurrency=CONCURRENCY)
-    result = Result.here("serving", **sizes, rounds=ROUNDS)
+    result = Result.here("bench_serve", **sizes, rounds=ROUNDS)
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         checkpoint = folder / "checkpoint"
         shutil.copytree(TOKENIZER, checkpoint, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
         cfg.save_pretrained(checkpoint)
-        # All at once: a server without requests takes no time from the others.
+        # All servers are up at once; one without requests takes no time from the others.
         servers = {
             way: stack.enter_context(
                 serving(
