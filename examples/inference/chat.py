@@ -1,6 +1,7 @@
 """Talk to a running server (`make serve`) with the openai client; the answer streams.
 
-The trained model answers a verse with a verse. Lines come from the terminal or from standard input, an empty one ends.
+The trained model answers a verse with a verse. Lines come from the terminal or from standard input.
+An empty line ends the conversation.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The same prompts without and with a LoRA adapter, as peft saves it: `python examples/inference/lora.py ADAPTER`."""
+"""Answer prompts without and with a LoRA adapter, as peft saves it: `python examples/inference/lora.py ADAPTER`."""
 
 import sys
 from pathlib import Path

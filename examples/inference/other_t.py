@@ -10,7 +10,7 @@ TRAINED = Path(__file__).parents[1] / "yoco-u-kjv"
 
 def main() -> None:
     iterations = int(sys.argv[1]) if len(sys.argv) > 1 else 2
-    # Less computation and fewer window caches for a lower T; the weights are the same.
+    # A lower T means less computation and fewer window caches; the weights are the same.
     overrides = {"num_iterations": iterations}
     llm = LLM(str(TRAINED), dtype="float32", kv_cache_memory_bytes=256 << 20, hf_overrides=overrides)
     (output,) = llm.generate("In the beginning", SamplingParams(temperature=0, max_tokens=40))

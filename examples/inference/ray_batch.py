@@ -32,7 +32,7 @@ class Replica:
     """One engine; Ray Data keeps it for as long as there are rows."""
 
     def __init__(self, model: str, engine: dict, sampling: dict):
-        # The engine in this process, so that neither outlives the other and Ray sees its end.
+        # The engine runs in this process, so that neither outlives the other and Ray sees its end.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM, SamplingParams
         from vllm.exceptions import VLLMClientError
@@ -60,7 +60,7 @@ class Replica:
 
         try:
             return completions(inputs)
-        except self.refusals:  # vLLM refuses a call whole if it refuses one of its prompts
+        except self.refusals:  # vLLM refuses a whole call if it refuses one of its prompts
             answers = []
             for one in inputs:
                 try:
@@ -76,7 +76,7 @@ def refuse(sentence: str) -> NoReturn:
 
 
 def read(source: Path) -> tuple[Dataset, str]:
-    """The rows of a file or folder, and their format, after a look at what they must have."""
+    """The rows of a file or folder and their format; refuses rows that lack what they must have."""
     files = list(source.iterdir()) if source.is_dir() else [source] * source.exists()
     formats = {file.suffix for file in files if file.suffix in READERS and not file.name.startswith(".")}
     if len(formats) != 1:
@@ -124,7 +124,7 @@ def write(rows: pa.Table, part: Path) -> None:
 
 
 def check_resources(replicas: int, needs: dict[str, float]) -> None:
-    """Ray would wait for ever for what no machine of the cluster has."""
+    """Refuse resources that no machine has; Ray would wait forever."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     needs = {kind: each for kind, each in needs.items() if each}
     room = sum(
@@ -187,7 +187,7 @@ def answer(arguments: argparse.Namespace) -> None:
     def unanswered(batch: pa.Table) -> pa.Table:
         return batch.filter(pa.array([id not in done for id in batch["id"].to_pylist()], pa.bool_()))
 
-    # A block for each batch: what a replica has finished is written, and stays finished if the run is interrupted.
+    # Each batch is a block, so that what a replica has finished is written and survives an interruption.
     rest = rows.map_batches(unanswered, batch_format="pyarrow").repartition(target_num_rows_per_block=arguments.batch)
     completed = rest.map_batches(
         Replica,

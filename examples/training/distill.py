@@ -8,8 +8,9 @@ twentieth row of tokens is held out, up to --held-out of them. The loss of a ste
 
     (1 - next) * KL(source || student) + next * (next-token loss) + hidden * (distance of hidden states)
 
-in nats per token. The distance is that of the self-decoder's output from the source's hidden state behind its first
---hidden-layer layers, squared, relative to the square of the latter. Evaluation is of the next-token loss alone.
+in nats per token. The distance is the squared difference between the self-decoder's output and the source's hidden
+state after its first --hidden-layer layers, relative to the square of the latter. Evaluation takes the next-token loss
+alone.
 
 HEALED gets the checkpoint with the tokenizer, loss.png, and distillation.json: settings, history, held-out perplexity
 of source and student, and the share of the machine's peak that the model's operations reached. HEALED/steps keeps what
@@ -64,8 +65,8 @@ def read_rows(files: list[Path], tokenizer: PreTrainedTokenizerBase, tokens: int
     parts = []
     for file in files:
         if file.suffix not in LOADERS or not file.is_file():
-            refuse(f"{file} is no file that ends in {', '.join(LOADERS)}: give text in one of these formats.")
-        # sample_by is of .txt alone
+            refuse(f"{file} is not a file that ends in {', '.join(LOADERS)}: give text in one of these formats.")
+        # Only the loader of .txt knows sample_by.
         how = {"sample_by": "document"} if file.suffix == ".txt" else {}
         part = load_dataset(LOADERS[file.suffix], data_files=str(file), split="train", **how)
         if "text" not in part.column_names:
@@ -85,7 +86,7 @@ def read_rows(files: list[Path], tokenizer: PreTrainedTokenizerBase, tokens: int
 
 
 def split(rows: Dataset, held_out: int) -> tuple[Dataset, Dataset]:
-    """Training and held-out rows: of these every twentieth, at most `held_out`."""
+    """Training and held-out rows; every twentieth row is held out, up to `held_out` of them."""
     chosen = range(0, len(rows), HELD_OUT_EVERY)[:held_out]
     return rows.select(sorted(set(range(len(rows))) - set(chosen))), rows.select(chosen)
 
@@ -104,7 +105,7 @@ class Distillation(Trainer):
         super().__init__(**settings)
         self.teacher = teacher.to(self.args.device)  # type: ignore[arg-type]  # transformers hides that it is a method
         self.next_token, self.hidden, self.hidden_layer = next_token, hidden, hidden_layer
-        # All rows are of one length, so that the mean over a batch is divided by the accumulation steps, no more.
+        # All rows have one length, so the mean over a batch is divided by the accumulation steps alone.
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(
@@ -126,9 +127,9 @@ class Distillation(Trainer):
             total = self.next_token * total + (1 - self.next_token) * divergence
             if self.hidden:
                 config = self.accelerator.unwrap_model(model).config
-                behind = student.hidden_states[config.num_iterations * config.num_self_decoder_layers].float()
+                output = student.hidden_states[config.num_iterations * config.num_self_decoder_layers].float()
                 aim = teacher.hidden_states[self.hidden_layer].float()
-                total = total + self.hidden * (behind - aim).square().mean() / aim.square().mean()
+                total = total + self.hidden * (output - aim).square().mean() / aim.square().mean()
         return (total, student) if return_outputs else total
 
 
@@ -157,7 +158,7 @@ class StepClock(TrainerCallback):
 
 
 def step_flops(student: YocoUForCausalLM, teacher: PreTrainedModel, tokens: int) -> float:
-    """Floating-point operations that a row of a step calls for; recomputed activations are not among them.
+    """Floating-point operations of a row of a step, without those of recomputed activations.
 
     A backward pass counts as two forward passes; the source goes forward once.
     """
@@ -302,7 +303,9 @@ def distil(arguments: argparse.Namespace) -> None:
     layer = arguments.hidden_layer or student.config.num_self_decoder_layers
     if arguments.hidden and layer >= teacher.config.num_hidden_layers:
         most = teacher.config.num_hidden_layers - 1
-        refuse(f"{arguments.source} shows its states behind layers 1 to {most}, not {layer}: change --hidden-layer.")
+        refuse(
+            f"{arguments.source} exposes hidden states after layers 1 to {most}, not {layer}: change --hidden-layer."
+        )
     tokenizer = AutoTokenizer.from_pretrained(arguments.student)
     if tokenizer.eos_token_id is None:
         refuse(f"the tokenizer of {arguments.student} has no end of text to put between documents: set its eos_token.")
@@ -324,12 +327,12 @@ def distil(arguments: argparse.Namespace) -> None:
         hidden=arguments.hidden,
         hidden_layer=layer,
     )
-    # Perplexities are of float32 and before and after alike, whatever the steps compute in.
+    # Perplexities are computed in float32, before and after, whatever dtype the steps compute in.
     rows = [torch.tensor(row) for row in held_out["input_ids"]]
     nats = {"before": loss.nats(student.eval(), rows)}
     state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)) if last else None
     if last and state and state.global_step >= arguments.steps:
-        # Stopped between its last step and this: the Trainer would take one more.
+        # The run was stopped after its last step; the Trainer would take one more.
         student = YocoUForCausalLM.from_pretrained(str(last), dtype=torch.float32)
     else:
         trainer.train(resume_from_checkpoint=str(last) if last else None)

@@ -4,8 +4,8 @@
     python examples/training/train.py --corpus kjv --output /tmp/yoco-u-kjv-t1 --iterations 1  # its T = 1 twin
 
 `kjv` is the unpacked corpus (see corpus.py). The tokenizer is trained on the same text and saved with a chat template:
-the user gives a verse, the assistant answers with the one that follows. Beside the weights the run writes loss.png and
-training.json (settings, loss history, held-out perplexity beside a unigram and a bigram model of the same tokens).
+the user gives a verse, the assistant answers with the one that follows. Next to the weights the run writes loss.png
+and training.json (settings, loss history, held-out perplexity compared with a unigram and a bigram model's).
 """
 
 import argparse
@@ -117,7 +117,7 @@ def pieces(tokenizer: PreTrainedTokenizerFast, chapters: list[corpus.Chapter]) -
 
 
 def ngram_nats(training: torch.Tensor, rows: list[torch.Tensor]) -> tuple[float, float]:
-    """The same figure for a unigram (add one) and a bigram model (absolute discounting, back-off to the unigram)."""
+    """Nats per token of a unigram (add one) and a bigram model (absolute discounting, back-off to the unigram)."""
     V, discount = VOCABULARY, 0.75
     unigram_V = (torch.bincount(training, minlength=V) + 1).double()
     unigram_V /= unigram_V.sum()
