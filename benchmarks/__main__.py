@@ -1,4 +1,4 @@
-"""Measure tables, and render the READMEs from what was measured."""
+"""Measure tables, and render the pages from what was measured."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from benchmarks.results import ROOT
 from benchmarks.tables.catalogue import GROUPS, TABLES
 from benchmarks.tables.table import Table
 
-HELP = """Measure tables, each in a process of its own, and render the READMEs from what was measured.
+HELP = """Measure tables, each in a process of its own, and render the pages from what was measured.
 
 A table goes to standard output and, with the value of every run, to benchmarks/results/MACHINE/TABLE.json. Times are of
 two cores, on which nothing else may run where time is measured.
@@ -26,7 +26,7 @@ two cores, on which nothing else may run where time is measured.
 
 - `python -m benchmarks --paper`: those of the paper's 1.3B shape, on a GPU
 
-- `python -m benchmarks render`: the READMEs' tables and pictures, from the results
+- `python -m benchmarks render`: the tables and pictures of every page, from the results
 """
 OF_PAPER = ["peers_paper"]
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

@@ -1,5 +1,7 @@
 """`vllm bench serve` against `vllm serve`: one request mix, skipping on and off, prefix caching on and off."""
 
+from benchmarks.engine import config
+
 import json
 import shutil
 import subprocess
@@ -8,7 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.console import progress, publish
-from benchmarks.engine import config
 from benchmarks.results import Result
 from benchmarks.server import VLLM, Server, serving, user_environment
 from benchmarks.tables.comparisons import FIGURES

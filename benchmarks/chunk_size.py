@@ -1,6 +1,7 @@
 """What `max_num_batched_tokens` costs: KV cache that one request holds while its prompt is computed, and time."""
 
-from benchmarks.engine import block_bytes, config, core, start  # isort: skip
+from benchmarks.engine import block_bytes, config, core, start
+
 import time
 from typing import Any
 

@@ -1,6 +1,7 @@
 """Decode, where its time goes, and prefill: eager, with the loop compiled unrolled, and with one pass compiled once."""
 
-from benchmarks.engine import Stopwatch, config, decoding, prompt_s, runner, start  # isort: skip
+from benchmarks.engine import Stopwatch, config, decoding, prompt_s, runner, start
+
 import time
 from contextlib import ExitStack
 from typing import Any

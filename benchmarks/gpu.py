@@ -7,7 +7,7 @@ CUDA graphs, as vLLM does by default.
 
 from benchmarks.engine import core, decoding, prompt_s, runner, start, step_s, steps_of_prompts, stop
 
-import argparse  # isort: skip
+import argparse
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager

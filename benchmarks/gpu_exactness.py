@@ -11,7 +11,8 @@ from pathlib import Path
 # Triton reads the precision where it compiles a kernel, and its cache does not tell kernels of another one apart.
 os.environ["TRITON_F32_DEFAULT"] = "ieee"
 os.environ["TRITON_CACHE_DIR"] = str(Path(tempfile.gettempdir(), f"yocou-bench-triton-ieee-{os.getuid()}"))
-from benchmarks.engine import SHARE, stop  # isort: skip
+from benchmarks.engine import SHARE, stop
+
 import argparse
 import copy
 import gc

@@ -9,7 +9,7 @@ go to distill.py: --precision bfloat16 --batch 8 --accumulate 1 on a GPU.
 
 from benchmarks.engine import SHARE, block_bytes, decoding, step_s
 
-import argparse  # isort: skip
+import argparse
 import json
 import math
 import subprocess

@@ -4,13 +4,13 @@ Shapes: the paper's (20 query and 4 KV heads of 128, W 512), bfloat16; a decode 
 contestant on many sets of tensors, more than a GPU's second-level cache holds, because a step walks through all caches.
 """
 
+from benchmarks.engine import SHAPES
+
 import importlib.util
 import sys
 from collections.abc import Callable
 
-from benchmarks.engine import SHAPES
-
-import torch  # isort: skip
+import torch
 import triton
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform

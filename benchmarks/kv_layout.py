@@ -1,6 +1,7 @@
 """KV cache groups and bytes of both layouts, read from vLLM's block pool, next to the bytes by the formula."""
 
-from benchmarks.engine import LAYOUTS, block_bytes, config, core, start, stop  # isort: skip
+from benchmarks.engine import LAYOUTS, block_bytes, config, core, start, stop
+
 from typing import Any
 
 from vllm import LLM, SamplingParams

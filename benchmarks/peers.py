@@ -18,7 +18,7 @@ from benchmarks.engine import (
     steps_of_prompts,
 )
 
-import argparse  # isort: skip
+import argparse
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """Prefill with and without skipping the cross-decoder, and its ceiling: the self-decoder and the head alone."""
 
-from benchmarks.engine import config, prompt_s, runner, start  # isort: skip
+from benchmarks.engine import config, prompt_s, runner, start
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

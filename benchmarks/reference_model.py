@@ -2,7 +2,7 @@
 
 from benchmarks.engine import config, decoding, start, step_s
 
-import statistics  # isort: skip
+import statistics
 import sys
 import time
 from itertools import pairwise

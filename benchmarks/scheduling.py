@@ -4,8 +4,8 @@ import os
 
 # One thread, because only Python and tensors of a few hundred numbers are timed.
 os.environ["OMP_NUM_THREADS"] = "1"
-from benchmarks.engine import LAYOUTS, Stopwatch, config, core, decoding  # isort: skip
-from benchmarks.engine import runner, start  # isort: skip
+from benchmarks.engine import LAYOUTS, Stopwatch, config, core, decoding, runner, start
+
 from contextlib import ExitStack
 from typing import Any
 

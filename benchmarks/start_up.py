@@ -1,5 +1,7 @@
 """How long `vllm serve` takes until it answers: eager, compiling, and with what an earlier start has compiled."""
 
+from benchmarks.engine import config
+
 import json
 import os
 import signal
@@ -8,7 +10,6 @@ import tempfile
 import time
 
 from benchmarks.console import progress, publish
-from benchmarks.engine import config
 from benchmarks.results import Result
 from benchmarks.server import READY, VLLM, free_port, user_environment
 

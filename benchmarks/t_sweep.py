@@ -7,7 +7,7 @@ Trains the model of examples/training/train.py (see there for the corpus) once f
 
 from benchmarks.engine import SHARE, block_bytes, decoding, prompt_s, step_s
 
-import argparse  # isort: skip
+import argparse
 import json
 import subprocess
 import sys

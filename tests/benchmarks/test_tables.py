@@ -70,8 +70,9 @@ def assert_ratio(ratio: str, above: str, below: str) -> None:
 
 
 def test_peers(starts_vllm, nightly, monkeypatch, folder, capsys):
-    from benchmarks import peers
     from benchmarks.engine import config
+
+    from benchmarks import peers
     from vllm_yocou.cli.sizing import KVBytes
 
     lengths, batches = (100, 2000), (1, 2)
