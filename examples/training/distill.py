@@ -340,7 +340,7 @@ def distil(arguments: argparse.Namespace) -> None:
     if not trainer.is_world_process_zero():
         return
 
-    student.to(dtype).save_pretrained(arguments.output)  # type: ignore[arg-type]  # as above
+    student.to(dtype).save_pretrained(arguments.output)  # type: ignore[arg-type]  # to() is hidden, as above
     copy_companions(arguments.student, arguments.output)
     saved = YocoUForCausalLM.from_pretrained(arguments.output, dtype=torch.float32).eval().to(settings.device)
     nats |= {"after": loss.nats(saved, rows), "source": loss.nats(teacher.float(), rows)}

@@ -86,7 +86,7 @@ def plain(tokenizer: PreTrainedTokenizerFast, chapter: corpus.Chapter) -> list[i
 def dialogue(tokenizer: PreTrainedTokenizerFast, chapter: corpus.Chapter) -> list[int]:
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": verse} for i, verse in enumerate(chapter.verses)]
-    return tokenizer.apply_chat_template(messages, return_dict=False)  # type: ignore[return-value]  # one of many
+    return tokenizer.apply_chat_template(messages, return_dict=False)  # type: ignore[return-value]  # a list, of all it may be
 
 
 class Rows(Dataset):
