@@ -2,7 +2,6 @@
 
 import logging
 import os
-import pkgutil
 import sys
 
 import pytest
@@ -19,13 +18,11 @@ pytest_plugins = ["harness.tiers", "harness.runners", "harness.figures"]
 
 @pytest.fixture(scope="session", autouse=True)
 def model_class_is_known():
-    """vLLM would ask a process what the plugin's model can do, by importing itself once more: ten seconds of a core."""
+    """To the engines in this process, if any test of the session starts one."""
     if "vllm.config" in sys.modules:
-        from vllm.model_executor.models.registry import ModelRegistry
+        from harness.engines import know_the_model_class
 
-        from vllm_yocou.registration import ARCHITECTURE, MODEL_CLASS
-
-        ModelRegistry.register_model(ARCHITECTURE, pkgutil.resolve_name(MODEL_CLASS))
+        know_the_model_class()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from harness import tiers, tiny
-from harness.engines import Engines, generate
+from harness.engines import CONTEXT, Engines, generate
 from harness.oracle import agrees
 from vllm.distributed import model_parallel_is_initialized
 
@@ -88,6 +88,19 @@ def test_a_failed_start_leaves_nothing_to_the_next(engine, tmp_path):
         engine(tmp_path, hf_overrides={"qk_norm": "all"})
     assert not model_parallel_is_initialized()
     agrees(model, PROMPTS, generate(engine(tmp_path), PROMPTS))
+
+
+def test_a_start_that_fails_late_leaves_nothing_to_the_next(engine, tmp_path):
+    """After its engine core has begun: a pooling model asks for its tokenizer at the very end."""
+    model = tiny.model(tiny.config())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Tokenizer not available") as held:
+        engine(tmp_path, runner="pooling", max_num_batched_tokens=CONTEXT)
+    llm = engine(tmp_path)
+    del held  # as a report of a failed test does, while the next one runs
+    gc.unfreeze()
+    gc.collect()
+    agrees(model, PROMPTS, generate(llm, PROMPTS))
 
 
 def test_an_engine_that_is_collected_late_takes_nothing_with_it(engine, tmp_path):

@@ -249,6 +249,8 @@ def test_every_result_says_where_it_is_from():
     """A transcribed one says so in a sentence; a measured one names its GPU or processor."""
     for result in render.results():
         assert result.commit and result.date
+        if result.commit.endswith("-changed"):
+            assert f"The tree was {result.commit.removesuffix('-changed')} with" in result.remark, result.path
         if result.transcribed:
             assert result.remark.endswith(".") and "individual runs were not kept" in result.remark
         else:

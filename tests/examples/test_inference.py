@@ -11,7 +11,7 @@ from harness.checkout import ROOT, TRAINED
 
 from benchmarks.server import user_environment
 
-LIMIT, FEW = 12, 4  # items of a task
+LIMIT = 12  # items of a task
 MODEL_ARGUMENTS = (
     f"pretrained={TRAINED},dtype=float32,max_model_len=2048,max_num_batched_tokens=512,kv_cache_memory_bytes=268435456"
 )
@@ -64,24 +64,22 @@ def test_chat_says_when_there_is_no_server():
     assert lost.stderr.startswith("no server answers at http://127.0.0.1:1/v1: start one with 'make serve'")
 
 
-def evaluate(folder: Path, tasks: list[str], limit: int, model_arguments: str = MODEL_ARGUMENTS) -> dict:
-    """The first `limit` items of tasks in one engine start: task -> (results, samples)."""
+@pytest.fixture(scope="module")
+def evaluated(starts_vllm, nightly, tmp_path_factory) -> dict:
+    """All tasks of examples/evaluation in one engine start: task -> (results, samples)."""
+    run(sys.executable, "examples/evaluation/fetch.py")
+    folder, tasks = (
+        tmp_path_factory.mktemp("lm_eval"),
+        ["kjv_next_verse", "kjv_last_word", "piqa_local", "niah_single_1"],
+    )
     lm_eval = Path(sys.executable).parent / "lm_eval"
-    command = [lm_eval, "--model", "vllm", "--model_args", model_arguments, "--include_path", "examples/evaluation"]
-    command += ["--tasks", ",".join(tasks), "--metadata", '{"max_seq_lengths":[512]}', "--limit", str(limit)]
+    command = [lm_eval, "--model", "vllm", "--model_args", MODEL_ARGUMENTS, "--include_path", "examples/evaluation"]
+    command += ["--tasks", ",".join(tasks), "--metadata", '{"max_seq_lengths":[512]}', "--limit", str(LIMIT)]
     run(*command, "--batch_size", "auto", "--log_samples", "--output_path", folder)
     (results,) = folder.rglob("results_*.json")
     scores = json.loads(results.read_text())["results"]
     samples = {task: next(folder.rglob(f"samples_{task}_*.jsonl")).read_text().splitlines() for task in tasks}
     return {task: (scores[task], [json.loads(line) for line in samples[task]]) for task in tasks}
-
-
-@pytest.fixture(scope="module")
-def evaluated(starts_vllm, nightly, tmp_path_factory) -> dict:
-    """All tasks of examples/evaluation."""
-    run(sys.executable, "examples/evaluation/fetch.py")
-    tasks = ["kjv_next_verse", "kjv_last_word", "piqa_local", "niah_single_1"]
-    return evaluate(tmp_path_factory.mktemp("lm_eval"), tasks, LIMIT)
 
 
 def check_choices(scores: dict, samples: list[dict], reference, tokenizer) -> None:
@@ -110,13 +108,6 @@ def check_words(scores: dict, samples: list[dict], reference, tokenizer) -> None
         assert sample["resps"][0][0] == expected
     right = sum(sample["filtered_resps"][0].lower() == sample["target"].lower() for sample in samples)
     assert scores["exact_match,first-word"] == pytest.approx(right / len(samples))
-
-
-def test_a_few_items_of_a_choice_and_of_a_generation(starts_vllm, reference, tokenizer, tmp_path):
-    tasks = evaluate(tmp_path, ["kjv_next_verse", "kjv_last_word"], FEW, MODEL_ARGUMENTS + ",enforce_eager=True")
-    assert all(len(samples) == FEW for _, samples in tasks.values())
-    check_choices(*tasks["kjv_next_verse"], reference, tokenizer)
-    check_words(*tasks["kjv_last_word"], reference, tokenizer)
 
 
 @pytest.mark.parametrize("task", ["kjv_next_verse", "piqa_local"])

@@ -124,7 +124,7 @@ def counted_kernels() -> Counter:
     return calls
 
 
-class Engines:
+class RunnerEngines:
     """Starts engines of a runner and asks them; what it changes in vLLM stays for the life of the process."""
 
     def __init__(self, runner: str):
@@ -144,6 +144,9 @@ class Engines:
             graph_replay.install()
         if runner == "two-ranks":
             fork_workers()
+        from harness.engines import know_the_model_class
+
+        know_the_model_class()
 
     def answer(self, job: dict) -> dict:
         from vllm import LLM
@@ -197,7 +200,7 @@ def main() -> None:
     # Standard output is for answers; what vLLM and its workers print goes where the errors go.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    engines = Engines(runner)
+    engines = RunnerEngines(runner)
     for line in sys.stdin:
         signal.alarm(JOB_S)
         print(json.dumps(engines.answer(json.loads(line))), file=answers, flush=True)

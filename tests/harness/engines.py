@@ -1,5 +1,8 @@
 """Engines in this process, where scheduler and runner can be looked at; each ends with what asked for it."""
 
+import gc
+import pkgutil
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,15 @@ DEFAULTS = dict(
     disable_log_stats=False,
     compilation_config={"mode": 0},  # test_compilation.py has compiled ones
 )
+
+
+def know_the_model_class() -> None:
+    """vLLM would ask a process what the plugin's model can do, by importing itself once more: ten seconds of a core."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    from vllm_yocou.registration import ARCHITECTURE, MODEL_CLASS
+
+    ModelRegistry.register_model(ARCHITECTURE, pkgutil.resolve_name(MODEL_CLASS))
 
 
 class Engines:
@@ -34,7 +46,10 @@ class Engines:
 
         try:
             self.started.append(LLM(str(folder), **DEFAULTS | settings))
-        except BaseException:
+        except BaseException as error:
+            # The frames of a failed start hold half an engine, which would end the groups of a later one as well.
+            traceback.clear_frames(error.__traceback__)
+            gc.collect()
             if not self.started:
                 cleanup_dist_env_and_memory()
             raise

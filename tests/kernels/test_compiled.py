@@ -40,7 +40,10 @@ def shared_bytes(monkeypatch) -> list[int]:
     return needed
 
 
-@pytest.mark.parametrize("d, dtype", [(128, torch.bfloat16), (256, torch.bfloat16), (256, torch.float32)], ids=str)
+WIDTHS = [(128, torch.bfloat16), (256, torch.bfloat16), pytest.param(256, torch.float32, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("d, dtype", WIDTHS, ids=str)
 def test_kernels_compile_and_fit(d, dtype, shared_bytes):
     turned = paged.rotation(d, False)
     norm_d = torch.ones(d, dtype=dtype)

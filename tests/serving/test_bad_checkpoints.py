@@ -280,7 +280,7 @@ def ends_with(sentence: str, folder) -> None:
     assert READY not in said
 
 
-def test_a_server_over_nan_ends_before_it_is_ready(starts_vllm, folder):
+def test_a_server_over_nan_ends_before_it_is_ready(starts_vllm, nightly, folder):
     """The engine's own process finds it."""
     rewrite(folder, **{"model.norm.weight": torch.full((CONFIG.hidden_size,), float("nan"))})
     ends_with("the checkpoint holds NaN or infinity in model.norm.weight:", folder)

@@ -166,7 +166,7 @@ def test_pooling_reads_every_row(engine):
     """As an embedding model: the mean over all rows, none of which may have skipped the cross-decoder."""
     model = YocoUForCausalLM.from_pretrained(TRAINED, dtype=torch.float32).eval()
     whole = dict(max_model_len=512, max_num_batched_tokens=512)
-    llm = engine(TRAINED, runner="pooling", pooler_config={"pooling_type": "MEAN"}, **whole)
+    llm = engine(TRAINED, runner="pooling", pooler_config={"pooling_type": "MEAN"}, skip_tokenizer_init=False, **whole)
     outputs = llm.embed([{"prompt_token_ids": prompt} for prompt in PROMPTS], use_tqdm=False)
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         with torch.inference_mode():

@@ -76,7 +76,7 @@ def test_the_processor_decides_on_fp8_caches(amx, avx512, monkeypatch):
 
 @needs_compiler
 @pytest.mark.parametrize("engine_process", ["two-ranks"], indirect=True)
-def test_two_ranks_compiled(engine_process, tmp_path):
+def test_two_ranks_compiled(engine_process, nightly, tmp_path):
     """One global KV head, which both ranks hold. Not a format that rounds activations: each rank has its own scales."""
     model, quantized = tiny.model(tiny.config(intermediate_size=192, cross_num_key_value_heads=1)), FORMATS["gptq"]
     reference = quantized.save(model, tmp_path)
