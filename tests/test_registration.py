@@ -50,6 +50,7 @@ assert not {name for name in set(sys.modules) - loaded if "modeling_" in name}
 
 
 def test_an_unsupported_vllm_gets_one_line(monkeypatch, lines):
+    monkeypatch.setattr(registration, "SUPPORTED_VLLM", ((0, 32),))
     monkeypatch.setattr(registration, "_vllm_version", lambda: (0, 31, 2))
     monkeypatch.setattr(registration, "_register", lambda: pytest.fail("registered in spite of the version"))
     registration.register()
