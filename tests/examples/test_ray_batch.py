@@ -139,7 +139,7 @@ def refusal(capsys, function, *arguments) -> str:
 @pytest.mark.parametrize(
     "lines, complaint",
     [
-        (['{"id": 1, "text": "a"}'], "they need id, and prompt or messages"),
+        variant(['{"id": 1, "text": "a"}'], "they need id, and prompt or messages"),
         (['{"id": 1, "prompt": "a"}', '{"id": 1, "prompt": "b"}'], "2 rows and 1 ids"),
         variant(['{"id": 1, "prompt": "a", "error": ""}'], "have error, which answers are written to"),
         variant(['{"id": 1, "prompt": '], "cannot be read"),

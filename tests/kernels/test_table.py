@@ -14,7 +14,14 @@ def vllm_finds_triton(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kind, context", [("cross_attentions", 530), ("window_steps", 70), ("window_steps", 530), ("global_writes", 70)]
+    "kind, context",
+    [
+        ("global_writes", 70),
+        *(
+            pytest.param(kind, context, marks=pytest.mark.slow)
+            for kind, context in (("cross_attentions", 530), ("window_steps", 70), ("window_steps", 530))
+        ),
+    ],
 )
 def test_contestants_agree(kind, context):
     from benchmarks import kernels

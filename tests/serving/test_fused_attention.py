@@ -16,8 +16,13 @@ SPLIT_HEADS = dict(cross_num_attention_heads=6, cross_num_key_value_heads=2, cro
 @pytest.mark.parametrize("engine_process", ["v2-triton"], indirect=True)
 @pytest.mark.parametrize(
     "overrides",
-    [dict(), dict(qk_norm="all", cross_decoder_rope=True, rope_interleaved=True, num_iterations=2, **SPLIT_HEADS)],
-    ids=["plain", "normed-and-turned"],
+    [
+        pytest.param(
+            dict(qk_norm="all", cross_decoder_rope=True, rope_interleaved=True, num_iterations=2, **SPLIT_HEADS),
+            id="normed-and-turned",
+        ),
+        pytest.param(dict(), id="plain", marks=pytest.mark.slow),
+    ],
 )
 def test_exact_and_called(overrides, engine_process, tmp_path):
     """A first chunk that no cross-decoder row needs, one row a request, and a prompt whose every row is wanted."""

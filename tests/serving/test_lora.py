@@ -47,11 +47,15 @@ def merged(checkpoint, tmp_path_factory):
 
 
 LENGTHS = (1, 36, 37, 90, 300)
-# V2 runs in Triton's interpreter, which is slow.
-RUNNERS = {"v1": LENGTHS, "two-ranks": LENGTHS, "v2": LENGTHS[:3]}
+RUNNERS = [
+    pytest.param("v1", LENGTHS, id="v1"),
+    # In Triton's interpreter, which is slow.
+    pytest.param("v2", LENGTHS[:3], id="v2"),
+    pytest.param("two-ranks", LENGTHS, id="two-ranks", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("engine_process, lengths", RUNNERS.items(), indirect=["engine_process"], ids=RUNNERS)
+@pytest.mark.parametrize("engine_process, lengths", RUNNERS, indirect=["engine_process"])
 def test_several_adapters_in_a_batch_equal_merged_weights(engine_process, lengths, checkpoint, merged):
     # Neighbours differ in adapter, in length and in whether their prompt rows run through the cross-decoder.
     requests = [
