@@ -114,7 +114,7 @@ def test_an_interruption_tells_how_to_go_on(distill, material, tmp_path, monkeyp
 
 
 def test_the_loss_of_a_step(distill, material):
-    """Of its own source, without iterations to tell them apart, a student is no distance away."""
+    """A student that is its own source, with one iteration, has a distance of zero."""
     llama = AutoModelForCausalLM.from_pretrained(material / "llama").eval()
     ids = torch.arange(20)[None] * 7
     settings = distill.TrainingArguments(output_dir=material / "steps", report_to=[])

@@ -50,7 +50,7 @@ def tiers(item: pytest.Item) -> list[str]:
 
 
 def group(item: pytest.Item) -> str | None:
-    """What one of pytest-xdist's workers runs in one go, so that it is started once; None: the test stands alone."""
+    """The xdist group: tests that share one worker, so that what they share is started once; None for no group."""
     from harness.runners import RUNNERS
 
     used, values = getattr(item, "fixturenames", ()), parameters(item)

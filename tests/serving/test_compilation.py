@@ -105,7 +105,7 @@ def test_two_units_whatever_t_is(variant, graphs, engine, tmp_path, monkeypatch)
 
 
 def test_a_second_start_compiles_nothing_anew(engine, tmp_path):
-    """Nor traces anything; beside the first engine, still serving; with another T as well."""
+    """Nothing is traced either, with the first engine still serving, and with another T."""
     model = tiny.model(tiny.config(num_iterations=1, qk_norm="all", intermediate_size=176))
     model.save_pretrained(tmp_path)
     saved, loaded = (lambda name=name: getattr(compilation_counter, name) for name in AHEAD_OF_TIME)

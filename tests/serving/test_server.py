@@ -83,7 +83,7 @@ def test_prompts_skip_the_cross_decoder_and_metrics_say_so(client, server, token
 
 
 def test_structured_output_beside_scored_prompts(client, server, tokenizer, reference):
-    """A grammar behind a prompt of several chunks, echoed log probabilities and a plain request in one batch."""
+    """A grammar after a prompt of several chunks, echoed log probabilities and a plain request in one batch."""
     prompt = tokenizer.encode(VERSE)
     choice = {"structured_outputs": {"choice": ["the LORD", "the king"]}}
     settings = dict(model=server.model, prompt=VERSE, temperature=0, max_tokens=12)
