@@ -66,10 +66,10 @@ def lines(monkeypatch) -> list[str]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """The trained checkpoint's, which all online tests share."""
+    """The trained checkpoint's, which all online tests share; the soak's has no flag and is compiled."""
     from harness.checkout import serving
 
-    with serving(tmp_path_factory.mktemp("server")) as started:
+    with serving(tmp_path_factory.mktemp("server"), "--enforce-eager") as started:
         yield started
 
 

@@ -114,18 +114,13 @@ def test_no_row_is_lost_or_doubled(starts_vllm, both_cores, nightly, rows, tmp_p
 
 
 @pytest.fixture(scope="module")
-def ray_batch(starts_vllm):
+def ray_batch(starts_vllm, nightly):
     specification = importlib.util.spec_from_file_location("ray_batch", EXAMPLE)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     module.ray.init(num_cpus=2, log_to_driver=False)
     yield module
     module.ray.shutdown()
-
-
-def variant(*values):
-    """A parameter for `make test-all`: Ray takes some ten seconds for each."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def refusal(capsys, function, *arguments) -> str:
@@ -139,11 +134,11 @@ def refusal(capsys, function, *arguments) -> str:
 @pytest.mark.parametrize(
     "lines, complaint",
     [
-        variant(['{"id": 1, "text": "a"}'], "they need id, and prompt or messages"),
+        (['{"id": 1, "text": "a"}'], "they need id, and prompt or messages"),
         (['{"id": 1, "prompt": "a"}', '{"id": 1, "prompt": "b"}'], "2 rows and 1 ids"),
-        variant(['{"id": 1, "prompt": "a", "error": ""}'], "have error, which answers are written to"),
-        variant(['{"id": 1, "prompt": '], "cannot be read"),
-        variant([], "they need id, and prompt or messages"),
+        (['{"id": 1, "prompt": "a", "error": ""}'], "have error, which answers are written to"),
+        (['{"id": 1, "prompt": '], "cannot be read"),
+        ([], "they need id, and prompt or messages"),
         (None, "must be a file of JSON lines or Parquet"),
     ],
     ids=["columns", "ids", "taken", "cut-short", "empty", "absent"],
@@ -173,7 +168,7 @@ def test_what_would_wait_for_ever_is_refused(ray_batch, capsys):
     ray_batch.check_resources(2, {"CPU": 0.5, "GPU": 0.0})
 
 
-@pytest.mark.parametrize("kind", [variant(".jsonl"), ".parquet"])
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
 def test_both_formats(ray_batch, kind, tmp_path):
     """What is written is known to be finished, whole files alone."""
     assert ray_batch.finished(tmp_path, kind) == set()

@@ -20,7 +20,7 @@ done; done; done; done
 """
 
 
-def test_training_writes_a_checkpoint_that_loads(tmp_path, trains):
+def test_training_writes_a_checkpoint_that_loads(tmp_path, trains, nightly):
     reader = tmp_path / "corpus" / "usr" / "bin" / "bible"
     reader.parent.mkdir(parents=True)
     reader.write_text(READER)

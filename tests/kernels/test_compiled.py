@@ -40,7 +40,11 @@ def shared_bytes(monkeypatch) -> list[int]:
     return needed
 
 
-WIDTHS = [(128, torch.bfloat16), (256, torch.bfloat16), pytest.param(256, torch.float32, marks=pytest.mark.slow)]
+WIDTHS = [
+    (128, torch.bfloat16),
+    pytest.param(256, torch.bfloat16, marks=pytest.mark.slow),
+    pytest.param(256, torch.float32, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("d, dtype", WIDTHS, ids=str)

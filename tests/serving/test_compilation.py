@@ -16,8 +16,8 @@ pytestmark = needs_compiler
 COMPILED = {"compilation_config": {"mode": 3}}
 AHEAD_OF_TIME = ("num_aot_artifacts_saved", "num_aot_artifacts_loaded")
 PROMPTS = [tiny.prompt(length) for length in (1, 16, 17, 50, 333)]
-# Inductor's code for these two runs in `make test`, for the others in `make test-all`; all are traced in both.
-BY_INDUCTOR = ("T2-S1-C3-llama3-tied-W33", "T3-S3-C2-qknorm-interleaved-W7")
+# Inductor's code for these runs in `make test`, for the others in `make test-all`; all are traced in both.
+BY_INDUCTOR = ("T3-S3-C2-qknorm-interleaved-W7",)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,7 +11,6 @@ from harness.oracle import agrees
     "kv_heads, cross_kv_heads, mode",
     [
         pytest.param(2, 1, 0, id="one-global-head"),
-        pytest.param(1, 2, 0, id="one-window-head"),
         pytest.param(1, 2, None, id="one-window-head-compiled", marks=[needs_compiler, pytest.mark.slow]),
     ],
 )
