@@ -126,8 +126,8 @@ def test_a_second_start_compiles_nothing_anew(engine, tmp_path):
     assert llm.llm_engine.vllm_config.model_config.hf_config.num_iterations == 3
 
 
-@pytest.mark.parametrize("graphs", ["traced", pytest.param("inductor", marks=pytest.mark.slow)], indirect=True)
-def test_engines_of_two_shapes_in_one_process(graphs, engine, tmp_path):
+@pytest.mark.parametrize("graphs", ["traced", "inductor"], indirect=True)
+def test_engines_of_two_shapes_in_one_process(graphs, engine, nightly, tmp_path):
     """vLLM drops the guards that would tell them apart."""
     models = [tiny.model(tiny.config(hidden_size=hidden)) for hidden in (96, 64)]
     engines = []

@@ -50,7 +50,7 @@ LENGTHS = (1, 36, 37, 90, 300)
 RUNNERS = [
     pytest.param("v1", LENGTHS, id="v1"),
     # In Triton's interpreter, which is slow.
-    pytest.param("v2", LENGTHS[:3], id="v2"),
+    pytest.param("v2", LENGTHS[:3], id="v2", marks=pytest.mark.slow),
     pytest.param("two-ranks", LENGTHS, id="two-ranks", marks=pytest.mark.slow),
 ]
 
