@@ -5,7 +5,7 @@ key of compiled code holds the model's config without T (`YocoUConfig.uuid`), si
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,8 +69,10 @@ def compiled_unit(**dynamic_dims: int) -> Callable[[type[nn.Module]], type[nn.Mo
         vllm_call = unit.__call__
 
         def __call__(self: Any, *args: torch.Tensor) -> torch.Tensor:
-            later = self.do_not_compile or self.compiled or getattr(self, "aot_compiled_fn", None) is not None
-            with nullcontext() if later else loading_of_saved_code():
+            # Every call of every step comes by here, and only a unit's first one needs the workaround.
+            if self.do_not_compile or self.compiled or getattr(self, "aot_compiled_fn", None) is not None:
+                return vllm_call(self, *args)
+            with loading_of_saved_code():
                 return vllm_call(self, *args)
 
         unit.__call__ = __call__  # type: ignore[method-assign]  # as vllm's own decorator does
