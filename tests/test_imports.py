@@ -11,7 +11,8 @@ FLOORS = (
     {"rope", "rows"},
     {"architecture"},
     {"config"},
-    {"reference", "checkpoints"},
+    {"reference"},
+    {"checkpoints"},
     {"serving", "cli"},
     {"registration"},
 )

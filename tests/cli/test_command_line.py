@@ -12,6 +12,7 @@ from harness.checkout import TRAINED
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_yocou import __version__
+from vllm_yocou.checkpoints import example
 from vllm_yocou.checkpoints.sources import names
 from vllm_yocou.cli import command_line, environment
 from vllm_yocou.cli.sizing import KVBytes
@@ -100,7 +101,10 @@ except SystemExit as end:
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["kv", TRAINED], ["info", TRAINED], ["info"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["convert", "--help"], ["example", "--help"], ["kv", TRAINED], ["info", TRAINED], ["info"]],
+)
 def test_what_needs_no_torch_imports_none(arguments):
     ended = subprocess.run([sys.executable, "-c", LOADED, *arguments], capture_output=True, text=True, check=True)
     code, *loaded = ended.stderr.split()
@@ -161,6 +165,22 @@ def test_upcycle(tmp_path, capsys, monkeypatch):
     assert (json.loads(printed)["iterations"], json.loads(printed)["sliding_window"]) == (2, 8)
     code, _, error = run(capsys, monkeypatch, "upcycle", source, destination, *asked)
     assert code == 2 and "already exists" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_example(trained, tmp_path, capsys, monkeypatch):
+    if not trained:
+        monkeypatch.setattr(example, "TRAINED", tmp_path / "nowhere")
+    folder = tmp_path / "a model"
+    code, printed, _ = run(capsys, monkeypatch, "example", folder)
+    copy = "a copy of the trained model examples/yoco-u-kjv"
+    nonsense = "a random model, which only shows that serving works and answers nonsense"
+    assert code == 0
+    assert printed == f"{folder}: {copy if trained else nonsense}; serve it with: vllm serve '{folder}'\n"
+    code, printed, _ = run(capsys, monkeypatch, "info", folder, "--json")
+    assert code == 0 and json.loads(printed)["iterations"] == 3
+    code, printed, error = run(capsys, monkeypatch, "example", folder)
+    assert (code, printed, error) == (2, "", f"vllm-yocou: {folder} already exists: give a new folder.\n")
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,12 @@ class Plan:
     left_out: dict[str, str]
 
 
+def refuse_existing(destination: Path) -> None:
+    """Raise ValueError if there is something at `destination`: no checkpoint is written over anything."""
+    if destination.exists():
+        raise ValueError(f"{destination} already exists: give a new folder.")
+
+
 def plan(source: Source, destination: Path, dtype: str | None = None) -> Plan:
     """Find out how `source` becomes a YOCO-U checkpoint in the folder `destination`.
 
@@ -60,8 +66,7 @@ def plan(source: Source, destination: Path, dtype: str | None = None) -> Plan:
         ValueError: the source cannot be read; a tensor is missing, unexpected, misshapen or not of floating point; or
             `destination` exists already.
     """
-    if destination.exists():
-        raise ValueError(f"{destination} already exists: give a new folder.")
+    refuse_existing(destination)
     tensors = read_tensors(source.folder)
     mapping = source.mapping(tensors)
     steps, missing, misshapen = [], set(), []

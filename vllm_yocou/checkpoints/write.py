@@ -5,13 +5,14 @@ Its files are written into a hidden folder next to the destination, which gets t
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
-from vllm_yocou.checkpoints.plan import Plan, Step
+from vllm_yocou.checkpoints.plan import Plan, Step, refuse_existing
 
 # What else a model's folder may hold that is still true of the new checkpoint.
 COMPANIONS = (
@@ -26,6 +27,24 @@ COMPANIONS = (
 )
 
 
+@contextmanager
+def appearing(destination: Path) -> Iterator[Path]:
+    """A hidden folder to fill, which becomes `destination` if the block ends without an error and is gone otherwise.
+
+    Raises:
+        ValueError: `destination` exists already.
+    """
+    refuse_existing(destination)
+    unfinished = destination.with_name(f".{destination.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(destination)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def write(plan: Plan, shard_bytes: int, written: Callable[[int], None]) -> None:
     """Carry out `plan`; memory stays below one shard and one tensor.
 
@@ -33,17 +52,11 @@ def write(plan: Plan, shard_bytes: int, written: Callable[[int], None]) -> None:
         shard_bytes: largest size of a file of weights, unless a single tensor is larger.
         written: is told the bytes of each tensor once it is copied.
     """
-    unfinished = plan.destination.with_name(f".{plan.destination.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        _write_weights(plan.steps, unfinished, shard_bytes, written)
-        copy_companions(plan.source, unfinished)
+    with appearing(plan.destination) as folder:
+        _write_weights(plan.steps, folder, shard_bytes, written)
+        copy_companions(plan.source, folder)
         plan.config.architectures = ["YocoUForCausalLM"]
-        plan.config.save_pretrained(unfinished)
-        unfinished.rename(plan.destination)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        plan.config.save_pretrained(folder)
 
 
 def copy_companions(source: Path, destination: Path) -> None:

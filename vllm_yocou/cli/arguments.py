@@ -82,6 +82,8 @@ UnsaidContext = Annotated[
 ]
 TensorsOnly = Annotated[bool, typer.Option("--dry-run", help="Print what would become of every tensor.")]
 
+Example = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write, which must not be there yet.")]
+
 Iterations = Annotated[int, typer.Option(min=1, help="T, how often the self-decoder runs.")]
 SelfLayers = Annotated[
     int | None, typer.Option(min=1, help="S, layers of the self-decoder, by default half of the source's.")

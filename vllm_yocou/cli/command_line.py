@@ -4,6 +4,7 @@ Importing this module imports neither torch nor transformers, which take seconds
 """
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,6 +207,16 @@ def upcycle(
         print(
             f"{destination}: {len(plan.steps)} tensors. Heal it with examples/training/distill.py before you serve it."
         )
+
+
+@app.command()
+def example(folder: arguments.Example) -> None:
+    """Write a small YOCO-U checkpoint for a first `vllm serve`: a checkout's trained one, elsewhere a random one."""
+    from vllm_yocou.checkpoints.example import write_example
+
+    nonsense = "a random model, which only shows that serving works and answers nonsense"
+    written = "a copy of the trained model examples/yoco-u-kjv" if write_example(folder) else nonsense
+    print(f"{folder}: {written}; serve it with: vllm serve {shlex.quote(str(folder))}")
 
 
 def _write(plan: "Plan", shard_size: int) -> None:
