@@ -42,7 +42,8 @@ assert before == after
 assert not torch.cuda.is_initialized()
 ours = {name for name in sys.modules if name.startswith("vllm_yocou")}
 expected = {"registration", "architecture", "config", "config_keys", "options", "rope", "workarounds"}
-expected |= {"serving", "serving.engine_settings"}
+expected |= {"serving", "serving.engine_settings", "auto_classes"}
+expected |= {"seams", "seams.behaviour", "seams.check", "seams.seam", "seams.settings"}
 assert ours == {"vllm_yocou"} | {f"vllm_yocou.{name}" for name in expected}, ours
 assert not {name for name in set(sys.modules) - loaded if "modeling_" in name}
 """
@@ -50,12 +51,11 @@ assert not {name for name in set(sys.modules) - loaded if "modeling_" in name}
 
 
 def test_an_unsupported_vllm_gets_one_line(monkeypatch, lines):
-    monkeypatch.setattr(registration, "SUPPORTED_VLLM", ((0, 32),))
-    monkeypatch.setattr(registration, "_vllm_version", lambda: (0, 31, 2))
+    monkeypatch.setattr(registration, "vllm_version", lambda: (0, 31, 2))
     monkeypatch.setattr(registration, "_register", lambda: pytest.fail("registered in spite of the version"))
     registration.register()
     (line,) = lines
-    assert "with vLLM 0.31.2: it supports vLLM 0.32, install one of these" in line
+    assert "with vLLM 0.31.2: it supports vLLM 0.32 and 0.33, install one of these" in line
 
 
 def test_a_failure_is_a_line_and_not_an_exception(monkeypatch, lines):

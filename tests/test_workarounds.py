@@ -17,6 +17,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.utils import cpu_resource_utils
 from vllm.v1 import kv_cache_spec_registry
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.attention.selector import get_attn_backend
@@ -34,8 +35,7 @@ from vllm_yocou.serving.packing import GlobalCacheSpec
 
 def faulty(workaround: str) -> bool:
     """Whether the vLLM of this environment is listed as having the fault."""
-    last = tuple(map(int, workarounds.FAULTY_UP_TO[workaround].split(".")))
-    return tuple(__version_tuple__[:2]) <= last
+    return ".".join(map(str, __version_tuple__[:2])) in workarounds.FAULTY_IN[workaround]
 
 
 def test_every_workaround_is_listed():
@@ -44,7 +44,7 @@ def test_every_workaround_is_listed():
         for name, value in vars(workarounds).items()
         if inspect.isfunction(value) and value.__module__ == workarounds.__name__ and not name.startswith("_")
     }
-    assert ours == set(workarounds.FAULTY_UP_TO)
+    assert ours == set(workarounds.FAULTY_IN)
     assert {f"test_{name}" for name in ours} <= set(globals())
 
 
@@ -130,6 +130,29 @@ def test_warn_of_seed():
     """vLLM asks logits processors about a request's parameters, and takes none under speculative decoding."""
     takes_none = "speculative" in inspect.getsource(build_logitsprocs)
     assert takes_none == faulty("warn_of_seed")
+
+
+def test_refuse_engines_without_memory_node(monkeypatch):
+    """vLLM finds no memory for an engine on a node that is not there, unless a variable lets engines share nodes."""
+    monkeypatch.delenv("VLLM_CPU_SIM_MULTI_NUMA", raising=False)
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    nodes = cpu_resource_utils.get_memory_affinity()
+    looks_for_nodes = "assigned_node_ids" in inspect.signature(cpu_resource_utils.get_visible_memory_node).parameters
+    assert looks_for_nodes == faulty("refuse_engines_without_memory_node")
+    absent = [max(nodes) + 1]
+
+    def start(engines: int) -> None:
+        parallel = SimpleNamespace(data_parallel_size=engines, data_parallel_size_local=engines, world_size=1)
+        workarounds.refuse_engines_without_memory_node(SimpleNamespace(parallel_config=parallel))
+
+    start(len(nodes))
+    if looks_for_nodes:
+        assert cpu_resource_utils.get_visible_memory_node(absent) == []
+        with pytest.raises(ValueError, match=r"set the environment variable VLLM_CPU_SIM_MULTI_NUMA=1\.$"):
+            start(len(nodes) + 1)
+        monkeypatch.setenv("VLLM_CPU_SIM_MULTI_NUMA", "1")
+        assert cpu_resource_utils.get_visible_memory_node(absent) == nodes
+    start(len(nodes) + 1)
 
 
 def test_fill_spec_registry(monkeypatch):

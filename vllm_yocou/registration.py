@@ -7,8 +7,8 @@ reach users of other models. So the model is named by a string, imported only wh
 import logging
 
 from vllm_yocou import __version__
+from vllm_yocou.seams.check import SeamMissing, check, is_too_old, named, tested, vllm_version
 
-SUPPORTED_VLLM = ((0, 32),)
 ARCHITECTURE = "YocoUForCausalLM"
 MODEL_CLASS = "vllm_yocou.serving.model:YocoUForCausalLM"
 
@@ -19,35 +19,36 @@ logger = logging.getLogger("vllm.plugins.yocou")
 def register() -> None:
     """Make YOCO-U known to transformers and to vLLM. Safe to call any number of times."""
     try:
-        found = _vllm_version()
-        if found[:2] not in SUPPORTED_VLLM:
+        found = vllm_version()
+        if is_too_old(found):
             logger.error(
                 "vllm-yocou %s does not serve YOCO-U models with vLLM %s: it supports vLLM %s, install one of these.",
                 __version__,
-                ".".join(map(str, found)),
-                ", ".join(".".join(map(str, version)) for version in SUPPORTED_VLLM),
+                named(found),
+                tested(),
             )
             return
         _register()
+    except SeamMissing as missing:
+        logger.error("%s", missing)
     except Exception as error:  # Invariant of this module: a failure here must not stop vLLM from serving other models.
         logger.error("vllm-yocou %s could not register and YOCO-U models will not load: %r", __version__, error)
 
 
-def _vllm_version() -> tuple[int, ...]:
-    from vllm.version import __version_tuple__
-
-    return tuple(part for part in __version_tuple__[:3] if isinstance(part, int))
-
-
 def _register() -> None:
+    from vllm_yocou.seams.settings import OF_REGISTRATION
+
+    check(OF_REGISTRATION)
     from transformers import AutoConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
     from vllm_yocou.config import YocoUConfig
-    from vllm_yocou.serving.engine_settings import YocoUEngineSettings
+    from vllm_yocou.serving.engine_settings import YocoUArchitecture, YocoUEngineSettings
 
     AutoConfig.register(YocoUConfig.model_type, YocoUConfig, exist_ok=True)
+    MODEL_ARCH_CONFIG_CONVERTORS[YocoUConfig.model_type] = YocoUArchitecture
     MODELS_CONFIG_MAP[ARCHITECTURE] = YocoUEngineSettings
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS)

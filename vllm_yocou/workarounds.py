@@ -1,9 +1,11 @@
-"""Every workaround of a fault of vLLM's own stands here, with the last faulty version; remove it after that.
+"""Every workaround of a fault of vLLM's own stands here, with the faulty versions; remove it after the last of them.
 
-`FAULTY_UP_TO` names them; tests/test_workarounds.py shows each fault in the versions that have it.
+`FAULTY_IN` names them; tests/test_workarounds.py shows each fault in the versions that have it.
 """
 
+import inspect
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,17 +22,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.plugins.yocou")
 
-# Supported versions of vLLM up to and including this one have the fault.
-FAULTY_UP_TO = {
-    "loading_of_saved_code": "0.33",
-    "spare_rows_without_adapter": "0.32",
-    "refuse_seed": "0.33",
-    "warn_of_seed": "0.33",
-    "check_cache_dtype": "0.32",
-    "widen_decode_scratch": "0.32",
-    "refuse_expert_parallel": "0.33",
-    "fill_spec_registry": "0.32",
-    "as_float_factor": "0.32",
+# The supported versions of vLLM that have the fault.
+FAULTY_IN = {
+    "loading_of_saved_code": ("0.32", "0.33"),
+    "spare_rows_without_adapter": ("0.32",),
+    "refuse_seed": ("0.32", "0.33"),
+    "warn_of_seed": ("0.32", "0.33"),
+    "check_cache_dtype": ("0.32",),
+    "widen_decode_scratch": ("0.32", "0.33"),
+    "refuse_expert_parallel": ("0.32", "0.33"),
+    "refuse_engines_without_memory_node": ("0.33",),
+    "fill_spec_registry": ("0.32", "0.33"),
+    "as_float_factor": ("0.32", "0.33"),
 }
 
 
@@ -160,6 +163,32 @@ def refuse_expert_parallel(vllm_config: "VllmConfig") -> None:
         raise ValueError(
             "--enable-expert-parallel cannot be used on a CPU: vLLM's CPU kernels do not pass over tokens of other "
             "ranks' experts, leave the flag out."
+        )
+
+
+def refuse_engines_without_memory_node(vllm_config: "VllmConfig") -> None:
+    """Refuse more engines on a CPU than the machine has NUMA nodes, before they end in an assertion.
+
+    vLLM 0.33 gives the n-th engine the n-th node, and ends one whose node is not there. The variable that the sentence
+    names lets engines share a node.
+
+    Raises:
+        ValueError: an engine would have no memory node.
+    """
+    from vllm.platforms import current_platform
+    from vllm.utils.cpu_resource_utils import get_memory_affinity, get_visible_memory_node
+
+    if not current_platform.is_cpu() or "VLLM_CPU_SIM_MULTI_NUMA" in os.environ:
+        return
+    binds_by_hand = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") != "auto"
+    if binds_by_hand or "assigned_node_ids" not in inspect.signature(get_visible_memory_node).parameters:
+        return
+    parallel, nodes = vllm_config.parallel_config, len(get_memory_affinity())
+    if parallel.data_parallel_size_local > 1 and parallel.data_parallel_size_local * parallel.world_size > nodes:
+        raise ValueError(
+            f"--data-parallel-size {parallel.data_parallel_size} cannot be used on a CPU with {nodes} NUMA "
+            f"{'node' if nodes == 1 else 'nodes'} as it is: this vLLM looks for a node for each engine, set the "
+            "environment variable VLLM_CPU_SIM_MULTI_NUMA=1."
         )
 
 

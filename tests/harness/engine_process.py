@@ -37,6 +37,7 @@ DEFAULTS = dict(
     kv_cache_memory_bytes=32 << 20,
     disable_log_stats=False,
     compilation_config={"mode": 0},
+    kernel_config={"enable_jit_warmup": False},  # Triton's interpreter does not take vLLM 0.33's warm-up of its kernels
 )
 TWO_RANKS = dict(tensor_parallel_size=2, disable_custom_all_reduce=True)
 GREEDY = dict(temperature=0, max_tokens=12, ignore_eos=True, logprobs=5, detokenize=False)

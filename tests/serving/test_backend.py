@@ -87,7 +87,7 @@ def test_another_backend_is_refused_if_chosen_and_replaced_if_not():
     assert served_backend(FlexAttentionBackend, chosen_by_user=False).get_name() == "TRITON_ATTN"
 
 
-@pytest.mark.parametrize("cache_dtype", ["fp8_per_token_head", "int8_per_token_head", "bfloat16"])
+@pytest.mark.parametrize("cache_dtype", ["fp8_per_token_head", "int8_per_token_head"])
 def test_a_cache_dtype_that_the_kernels_do_not_read_is_refused(cache_dtype):
     cpu = AttentionBackendEnum.CPU_ATTN.get_class()
     with pytest.raises(ValueError, match=f"--kv-cache-dtype {cache_dtype} cannot be used .* CPU_ATTN: .* fp8_e5m2"):

@@ -8,12 +8,14 @@ import logging
 import os
 import sysconfig
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from vllm_yocou.options import Options
-from vllm_yocou.workarounds import refuse_expert_parallel, warn_of_seed
+from vllm_yocou.seams.check import check_all
+from vllm_yocou.workarounds import refuse_engines_without_memory_node, refuse_expert_parallel, warn_of_seed
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -248,11 +250,23 @@ REFUSALS = (
     check_speculation,
     check_fast_prefill,
     check_experts_on_cpu,
+    refuse_engines_without_memory_node,
     check_kernels,
     check_compilation_mode,
 )
 ADJUSTMENTS = (find_shared_expert_gate, list_experts_by_call, choose_compilation, choose_chunk)
 HOOKS = (expose_metrics, observe_requests, warn_of_seed)
+
+
+class YocoUArchitecture(ModelArchConfigConvertorBase):
+    """What vLLM makes of a YOCO-U config as soon as it is read: the first that a plugin hears of a model.
+
+    Next, vLLM imports the model class in another process, where a name that is missing would end in a traceback.
+    """
+
+    def convert(self, **kwargs: Any) -> Any:
+        check_all()
+        return super().convert(**kwargs)
 
 
 class YocoUEngineSettings(VerifyAndUpdateConfig):

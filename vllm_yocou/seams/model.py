@@ -1,0 +1,312 @@
+"""Seams where vLLM builds the model, its caches and the metadata of its attention."""
+
+from vllm_yocou.seams import behaviour
+from vllm_yocou.seams.seam import Seam
+
+ATTENTION = (
+    Seam(
+        "vllm.v1.attention.backend:AttentionBackend",
+        "vLLM's backends run over packed memory under names of ours",
+        "serving/test_backend.py",
+        has=(
+            "customize_spec get_builder_cls get_impl_cls get_name get_supported_kernel_block_sizes "
+            "supported_kv_cache_dtypes supported_kv_cache_layouts supports_device_cpu_query_lens_mismatch "
+            "supports_kv_cache_dtype"
+        ),
+    ),
+    Seam(
+        "vllm.v1.attention.backend:AttentionMetadataBuilder",
+        "the rows of a step are selected where its metadata are built",
+        "rows/test_skipping.py",
+        has="build build_for_cudagraph_capture get_cudagraph_support",
+        takes="kv_cache_spec layer_names vllm_config device",
+    ),
+    Seam(
+        "vllm.v1.attention.backend:AttentionCGSupport",
+        "graphs of mixed batches would be captured with all rows",
+        "serving/test_compilation.py",
+        has="UNIFORM_BATCH",
+        behaves=behaviour.order_of_levels,
+    ),
+    Seam("vllm.v1.attention.backend:AttentionMetadata", "rows belong to the step's metadata", "rows/test_hand_over.py"),
+    Seam("vllm.v1.attention.backend:MultipleOf", "a page is the smallest block", "serving/test_backend.py", has="base"),
+    Seam(
+        "vllm.v1.attention.backend:CommonAttentionMetadata",
+        "the selection reads a step's batch, and attention gets a smaller one",
+        "rows/test_skipping.py",
+        has=(
+            "_num_computed_tokens_cache _token_to_req_indices_cache is_prefilling max_query_len num_actual_tokens "
+            "num_reqs positions query_start_loc query_start_loc_cpu replace req_idx seq_lens_cpu_upper_bound"
+        ),
+    ),
+    Seam(
+        "vllm.v1.attention.backend:max_decode_query_len",
+        "steps of decodes alone are never reduced",
+        "rows/test_selection.py",
+        takes="vllm_config",
+    ),
+    Seam(
+        "vllm.v1.attention.backends.registry:AttentionBackendEnum",
+        "vLLM's backends run over packed memory under names of ours",
+        "serving/test_backend.py",
+        has="CPU_ATTN FLASH_ATTN TRITON_ATTN register",
+    ),
+    Seam(
+        "vllm.v1.attention.selector:get_attn_backend",
+        "vLLM selects the backend that we build on",
+        "serving/test_backend.py",
+        takes="has_sliding_window",
+    ),
+    Seam(
+        "vllm.model_executor.layers.attention:Attention",
+        "each cache is one of vLLM's attention layers",
+        "serving/test_model.py",
+        has="get_kv_cache_spec",
+        takes="attn_backend cache_config num_kv_heads per_layer_sliding_window prefix quant_config",
+        mentions=(
+            "_q_scale head_size head_size_v impl kv_cache_dtype kv_cache_torch_dtype layer_name num_heads "
+            "query_quant sliding_window"
+        ),
+    ),
+    Seam(
+        "vllm.model_executor.layers.attention.attention:unified_attention_with_output",
+        "window and cross attention call it",
+        "serving/test_model.py",
+        takes="kv_cache_dummy_dep",
+    ),
+    Seam(
+        "vllm.model_executor.layers.attention.attention:unified_kv_cache_update",
+        "window and global caches are written by it",
+        "serving/test_model.py",
+    ),
+    Seam(
+        "vllm.model_executor.layers.attention.attention:get_attention_context",
+        "our kernels find a layer's metadata and memory by it",
+        "serving/test_fused_attention.py",
+    ),
+    Seam(
+        "vllm.forward_context:ForwardContext",
+        "a step's metadata and layers are in it",
+        "serving/test_model.py",
+        has="attn_metadata cudagraph_runtime_mode no_compile_layers",
+    ),
+    Seam("vllm.forward_context:get_forward_context", "a step's metadata and layers are in it", "serving/test_model.py"),
+)
+
+CACHES = (
+    Seam(
+        ("vllm.v1.core.kv_cache_planning:get_kv_cache_groups", "vllm.v1.core.kv_cache_utils:get_kv_cache_groups"),
+        "window caches are packed into few groups",
+        "serving/test_packing.py",
+        behaves=behaviour.packing_rule,
+        moved="0.32",
+    ),
+    Seam(
+        "vllm.model_executor.models.utils:extract_layer_index",
+        "caches are named so that vLLM finds one number in each name",
+        "serving/test_model.py",
+        behaves=behaviour.number_in_a_name,
+    ),
+    Seam(
+        "vllm.v1.kv_cache_interface:AttentionSpec",
+        "the caches' specs extend vLLM's",
+        "serving/test_packing.py",
+        has="head_size page_size_bytes",
+    ),
+    Seam(
+        "vllm.v1.kv_cache_interface:FullAttentionSpec",
+        "the caches' specs extend vLLM's",
+        "serving/test_packing.py",
+        takes="block_size dtype head_size head_size_v kv_quant_mode num_kv_heads",
+    ),
+    Seam(
+        "vllm.v1.kv_cache_interface:SlidingWindowSpec",
+        "the caches' specs extend vLLM's",
+        "serving/test_packing.py",
+        takes="block_size dtype head_size head_size_v kv_quant_mode num_kv_heads sliding_window",
+    ),
+    Seam(
+        "vllm.v1.kv_cache_interface:KVCacheLayout",
+        "packed caches need the block outermost",
+        "serving/test_backend.py",
+        has="BLHNC BLNHC",
+    ),
+    Seam("vllm.v1.kv_cache_interface:get_kv_quant_mode", "FP8 caches have specs of their own", "serving/test_model.py"),
+    Seam(
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
+        "vLLM's manager of this kind manages the global cache",
+        "serving/test_packing.py",
+    ),
+    Seam(
+        "vllm.v1.core.single_type_kv_cache_manager:SlidingWindowManager",
+        "vLLM's manager of this kind manages the window caches",
+        "serving/test_packing.py",
+    ),
+    Seam(
+        "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry",
+        "the caches' specs are registered with vLLM",
+        "test_workarounds.py",
+        has="_ensure_registered register",
+    ),
+)
+
+LAYERS = (
+    Seam(
+        "vllm.model_executor.layers.linear:QKVParallelLinear",
+        "projections",
+        "serving/test_tensor_parallel.py",
+        takes="bias prefix quant_config total_num_heads total_num_kv_heads",
+        mentions="num_heads num_kv_heads",
+    ),
+    Seam(
+        "vllm.model_executor.layers.linear:ColumnParallelLinear",
+        "projections",
+        "serving/test_tensor_parallel.py",
+        takes="bias prefix quant_config",
+    ),
+    Seam(
+        "vllm.model_executor.layers.linear:RowParallelLinear",
+        "projections",
+        "serving/test_tensor_parallel.py",
+        takes="bias prefix quant_config",
+    ),
+    Seam(
+        "vllm.model_executor.layers.linear:ReplicatedLinear",
+        "the gate of a shared expert",
+        "serving/test_feed_forward.py",
+        takes="bias prefix",
+    ),
+    Seam(
+        "vllm.model_executor.layers.layernorm:RMSNorm",
+        "norms of rows and heads",
+        "serving/test_model.py",
+        has="forward",
+        takes="eps",
+        mentions="hidden_size variance_epsilon",
+    ),
+    Seam(
+        "vllm.model_executor.models.llama:LlamaMLP",
+        "feed-forward",
+        "serving/test_model.py",
+        takes="prefix quant_config",
+    ),
+    Seam(
+        "vllm.model_executor.models.qwen2_moe:Qwen2MoeMLP",
+        "shared experts",
+        "serving/test_feed_forward.py",
+        takes="expert_gate prefix quant_config reduce_results",
+    ),
+    Seam(
+        "vllm.model_executor.layers.fused_moe:FusedMoEFactory",
+        "routed experts",
+        "serving/test_feed_forward.py",
+        takes="hidden_size intermediate_size num_experts prefix quant_config renormalize shared_experts top_k",
+    ),
+    Seam("vllm.model_executor.layers.fused_moe:GateLinear", "routing", "serving/test_feed_forward.py", takes="prefix"),
+    Seam(
+        "vllm.model_executor.layers.rotary_embedding:get_rope",
+        "RoPE",
+        "serving/test_rope.py",
+        takes="is_neox_style rope_parameters",
+    ),
+    Seam(
+        "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding",
+        "RoPE of the 2024 YOCO code",
+        "serving/test_rope.py",
+        has="_compute_inv_freq",
+        mentions="cos_sin_cache is_neox_style rotary_dim",
+    ),
+    Seam("vllm.model_executor.layers.logits_processor:LogitsProcessor", "logits", "serving/test_model.py"),
+    Seam(
+        "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead",
+        "the head",
+        "serving/test_model.py",
+        has="tie_weights",
+        takes="prefix quant_config",
+    ),
+    Seam(
+        "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding",
+        "the embedding",
+        "serving/test_model.py",
+        takes="prefix quant_config",
+    ),
+)
+
+MODEL = (
+    Seam(
+        "vllm.model_executor.models.interfaces:SupportsLoRA",
+        "adapters are served",
+        "serving/test_lora.py",
+        has="packed_modules_mapping",
+    ),
+    Seam(
+        "vllm.model_executor.models.utils:AutoWeightsLoader",
+        "weights are loaded by vLLM's loader",
+        "serving/test_bad_checkpoints.py",
+        has="load_weights",
+    ),
+    Seam(
+        "vllm.model_executor.models.utils:WeightsMapper",
+        "stored names become those of merged projections",
+        "serving/test_bad_checkpoints.py",
+        takes="orig_to_new_stacked",
+    ),
+    Seam("vllm.model_executor.models.utils:maybe_prefix", "layers are named", "serving/test_model.py"),
+    Seam("vllm.sequence:IntermediateTensors", "the signature of a model", "serving/test_model.py"),
+    Seam(
+        "vllm.distributed:get_tensor_model_parallel_rank", "one rank logs and counts", "serving/test_tensor_parallel.py"
+    ),
+    Seam(
+        "vllm.distributed:get_tensor_model_parallel_world_size", "ranks share heads", "serving/test_tensor_parallel.py"
+    ),
+    Seam(
+        "vllm.compilation.decorators:support_torch_compile",
+        "two units of the model are compiled",
+        "serving/test_compilation.py",
+        takes="dynamic_arg_dims",
+    ),
+    Seam(
+        "vllm.compilation.decorators:_support_torch_compile",
+        "only the first call of a unit needs a workaround",
+        "serving/test_compilation.py",
+        mentions="aot_compiled_fn compiled do_not_compile",
+    ),
+    Seam(
+        "vllm.compilation.backends:set_model_tag",
+        "each unit has compiled code of its own",
+        "serving/test_compilation.py",
+    ),
+    Seam(
+        "vllm.utils.torch_utils:direct_register_custom_op",
+        "the iteration is read outside of compiled code",
+        "serving/test_compilation.py",
+        takes="fake_impl mutates_args op_func op_name",
+    ),
+    Seam("vllm.utils.torch_utils:LayerNameType", "layers are named in compiled code", "serving/test_compilation.py"),
+    Seam(
+        "vllm.utils.torch_utils:_encode_layer_name", "layers are named in compiled code", "serving/test_compilation.py"
+    ),
+    Seam(
+        "vllm.utils.torch_utils:_resolve_layer_name", "layers are named in compiled code", "serving/test_compilation.py"
+    ),
+    Seam(
+        "vllm.utils.torch_utils:async_tensor_h2d",
+        "selected rows go to the device",
+        "rows/test_skipping.py",
+        takes="device",
+    ),
+    Seam("vllm.utils.math_utils:next_power_of_2", "Triton pads heads", "test_workarounds.py"),
+    Seam(
+        "vllm.lora.model_manager:LoRAModelManager",
+        "reduced steps need the adapters of their own rows",
+        "serving/test_lora.py",
+        has="set_adapter_mapping",
+        mentions="_last_mapping lora_manager punica_wrapper_mapping",
+    ),
+    Seam(
+        "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU",
+        "vLLM's CPU operators would move rows without an adapter",
+        "test_workarounds.py",
+        has="add_lora_linear token_lora_indices",
+    ),
+)

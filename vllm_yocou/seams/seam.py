@@ -1,0 +1,120 @@
+"""One thing of vLLM's that this plugin relies on, and how to see whether it is still there.
+
+A seam is looked at by importing it and reading its signature, its fields and the names in its code. Nothing is run,
+except the few behaviours of behaviour.py.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from types import CodeType, FunctionType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A name in vLLM, and what it must be.
+
+    Attributes:
+        place: `module:name`. Of several, the first that exists counts: vLLM moved it between the supported versions.
+        why: what the plugin does with it; it stands in the sentence that refuses a start without the seam.
+        test: the module of tests/ that fails where the seam changes its meaning.
+        has: attributes, fields, methods or members, separated by spaces, as in the next two.
+        takes: parameters, those of `__init__` for a class.
+        mentions: attributes or keys that its code reads or sets; how vLLM is seen to ask for something of ours.
+        behaves: a function of the object that is true while it behaves as the plugin expects.
+        moved: the last version of vLLM in which the places after the first are needed.
+    """
+
+    place: str | tuple[str, ...]
+    why: str
+    test: str
+    has: str = ""
+    takes: str = ""
+    mentions: str = ""
+    behaves: Callable[[Any], bool] | None = None
+    moved: str | None = None
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return (self.place,) if isinstance(self.place, str) else self.place
+
+    def find(self) -> Any:
+        """The object itself.
+
+        Raises:
+            ImportError: its module is not there.
+            AttributeError: the module has no such name.
+        """
+        for place in self.places[:-1]:
+            try:
+                return resolve(place)
+            except (ImportError, AttributeError):
+                continue
+        return resolve(self.places[-1])
+
+    def missing(self) -> str | None:
+        """What is not as the plugin needs it, to be read after "vLLM has"; None if nothing."""
+        name = " or ".join(self.places)
+        try:
+            found = self.find()
+        except (ImportError, AttributeError):
+            return f"no {name}"
+        for attribute in self.has.split():
+            if not has(found, attribute):
+                return f"no '{attribute}' in {name}"
+        accepted = parameters(found) if self.takes else None
+        for parameter in self.takes.split():
+            if accepted is not None and parameter not in accepted:
+                return f"no parameter '{parameter}' of {name}"
+        mentioned = names_in_code(found) if self.mentions else set()
+        for attribute in self.mentions.split():
+            if attribute not in mentioned:
+                return f"no use of '{attribute}' in {name}"
+        if self.behaves is not None and not behaves(self.behaves, found):
+            return f"another '{self.behaves.__name__.replace('_', ' ')}' in {name}"
+        return None
+
+
+def resolve(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return reduce(getattr, name.split("."), importlib.import_module(module))
+
+
+def has(found: Any, attribute: str) -> bool:
+    """Whether the object, or an instance of the class, has the attribute; fields need no default."""
+    if hasattr(found, attribute):
+        return True
+    classes = inspect.getmro(found) if inspect.isclass(found) else ()
+    return any(attribute in vars(cls).get("__annotations__", {}) for cls in classes)
+
+
+def parameters(found: Any) -> set[str] | None:
+    """Names that a call takes; None where it takes any."""
+    # Not the signature of a class: vLLM's layers have a `__new__` that takes anything.
+    taken = inspect.signature(found.__init__ if inspect.isclass(found) else found).parameters
+    return None if any(it.kind is it.VAR_KEYWORD for it in taken.values()) else set(taken)
+
+
+def names_in_code(found: Any) -> set[str]:
+    """Attributes and strings in the code of a function, or of a class's methods and its bases'."""
+    owners = inspect.getmro(found) if inspect.isclass(found) else ()
+    members = [member for owner in owners for member in vars(owner).values()] or [found]
+    names: set[str] = set()
+    for member in members:
+        function = inspect.unwrap(member.fget if isinstance(member, property) else getattr(member, "__func__", member))
+        codes = [function.__code__] if isinstance(function, FunctionType) else []
+        while codes:
+            code = codes.pop()
+            names.update(code.co_names, (constant for constant in code.co_consts if isinstance(constant, str)))
+            codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return names
+
+
+def behaves(behaviour: Callable[[Any], bool], found: Any) -> bool:
+    try:
+        return behaviour(found)
+    except Exception:  # whatever a changed vLLM raises, it is not what the plugin relies on
+        return False

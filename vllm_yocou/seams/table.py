@@ -1,0 +1,9 @@
+"""Everything of vLLM's that this plugin relies on: every name that it imports, and what it expects of each.
+
+tests/seams/test_table.py compares the table with the plugin's imports, calls and overridden methods.
+"""
+
+from vllm_yocou.seams.model import ATTENTION, CACHES, LAYERS, MODEL
+from vllm_yocou.seams.settings import OF_REGISTRATION, REQUESTS, SETTINGS
+
+SEAMS = OF_REGISTRATION + SETTINGS + REQUESTS + ATTENTION + CACHES + LAYERS + MODEL
