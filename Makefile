@@ -4,13 +4,19 @@
 #   make test       prove that it is right: every test that a promise of the README rests on
 #   make test-all   the remaining tests as well
 #   make bench      measure the README's tables
-# For its developers: make format, make constraints.
+# For its developers: make format, make constraints, make supported. All but these take VLLM=0.33, for another vLLM.
 
 PYTHON ?= python3.11
-BIN := .venv/bin
 CONSTRAINTS ?= packaging/cpu/constraints.txt
-SERVING := .venv/serving
-TESTING := .venv/testing
+# What vLLM's CPU build requires, and where it is for a pip that does not find it: PyTorch's own index.
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Other versions than that of the CPU build run over its environment, in one of their own.
+VLLM ?= 0.32
+ENVIRONMENT := .venv$(addprefix -,$(filter-out 0.32,$(VLLM)))
+BIN := $(ENVIRONMENT)/bin
+SERVING := $(ENVIRONMENT)/serving
+TESTING := $(ENVIRONMENT)/testing
 PYTEST := $(BIN)/python -m pytest
 # In the order of tests/harness/tiers.py, not by the number of tests in a group.
 TWO_WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
@@ -20,7 +26,7 @@ ifeq ($(shell command -v g++),)
 export TORCHDYNAMO_DISABLE := 1
 endif
 
-.PHONY: serve check lint unit test test-all bench format constraints
+.PHONY: serve check lint unit runners supported test test-all bench format constraints
 serve: $(SERVING)
 	$(BIN)/python examples/inference/serve.py $(ARGS)
 
@@ -33,6 +39,13 @@ lint: $(TESTING)
 
 unit: $(TESTING)
 	$(PYTEST) -m "not engine and not slow" $(ARGS)
+
+runners: $(TESTING)
+	$(PYTEST) -m runner $(ARGS)
+
+# In CI, of every supported vLLM but the first: the tests that start no engine, and an exactness test of each runner.
+supported: $(TESTING)
+	$(MAKE) --jobs 2 unit runners
 
 # A process interprets Triton or runs engines, never both. The second part runs also when the first has failed.
 test: $(TESTING)
@@ -55,25 +68,31 @@ format: $(TESTING)
 	$(BIN)/ruff format .
 
 constraints: $(TESTING)
-	$(BIN)/pip freeze --exclude-editable --exclude vllm > packaging/cpu/constraints.txt
+	.venv/bin/pip freeze --exclude-editable --exclude vllm > packaging/cpu/constraints.txt
 
 # ./packaging/cpu gives vLLM's CPU build the name that vLLM and lm-eval look for. The three packages that are removed
 # come as CUDA builds next to a CPU torch, which breaks `import vllm`; no text model needs them.
 define install
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --constraint $(CONSTRAINTS) ./packaging/cpu --editable '.[$(EXTRAS)]'
-	$(BIN)/pip uninstall --yes torchvision torchaudio torchcodec
+	.venv/bin/pip install --quiet --no-deps '$(TORCH)' \
+		|| .venv/bin/pip install --no-deps --index-url $(TORCH_INDEX) '$(TORCH)'
+	.venv/bin/pip install --constraint $(CONSTRAINTS) ./packaging/cpu --editable '.[$(EXTRAS)]'
+	.venv/bin/pip uninstall --yes torchvision torchaudio torchcodec
 	touch $(INSTALLED)
 endef
 
 DECLARED := pyproject.toml setup.py packaging/cpu/pyproject.toml $(CONSTRAINTS)
 
-$(SERVING): EXTRAS := cpu
-$(SERVING): INSTALLED := $(SERVING)
-$(SERVING): $(DECLARED)
+.venv/serving: EXTRAS := cpu
+.venv/serving: INSTALLED := .venv/serving
+.venv/serving: $(DECLARED)
 	$(install)
 
-$(TESTING): EXTRAS := cpu,dev
-$(TESTING): INSTALLED := $(SERVING) $(TESTING)
-$(TESTING): $(DECLARED)
+.venv/testing: EXTRAS := cpu,dev
+.venv/testing: INSTALLED := .venv/serving .venv/testing
+.venv/testing: $(DECLARED)
 	$(install)
+
+.venv-%/serving .venv-%/testing: .venv/testing packaging/cpu/overlay.py
+	.venv/bin/python packaging/cpu/overlay.py $* .venv-$*
+	touch .venv-$*/serving .venv-$*/testing

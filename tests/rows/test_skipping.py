@@ -106,7 +106,14 @@ def test_preempted_requests(ran):
     assert batch.metrics["num_preemptions"] > 0 and batch.metrics["yocou_skipped_rows"] > 0
 
 
-@pytest.mark.parametrize("engine_process, skips", [("v1", False), ("v2", True)], indirect=["engine_process"])
+@pytest.mark.parametrize(
+    "engine_process, skips",
+    [
+        pytest.param("v1", False, marks=pytest.mark.runner("v1")),
+        pytest.param("v2", True, marks=pytest.mark.runner("v2")),
+    ],
+    indirect=["engine_process"],
+)
 def test_ngram_speculation_is_exact(engine_process, skips, tmp_path):
     """V2 skips under speculation too; V1 cannot tell who wants prompt log probabilities then, and skips nothing."""
     model = tiny.model(tiny.config())
@@ -122,6 +129,7 @@ def test_ngram_speculation_is_exact(engine_process, skips, tmp_path):
     assert batch.metrics["yocou_self_decoder_rows"] > self_rows  # refused drafts are rows as well
 
 
+@pytest.mark.runner("v2-triton")
 @pytest.mark.parametrize("engine_process", ["v2-triton"], indirect=True)
 def test_cudas_triton_attention_on_packed_blocks(engine_process, tmp_path):
     """Blocks of 16 tokens, token-major pages, and fewer queries than keys in vLLM's Triton kernels."""

@@ -140,7 +140,10 @@ def test_engines_of_two_shapes_in_one_process(graphs, engine, nightly, tmp_path)
 
 
 @pytest.mark.parametrize("engine_process", ["v1-graphs"], indirect=True)
-@pytest.mark.parametrize("iterations", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    "iterations",
+    [pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.runner("v1-graphs"))],
+)
 def test_pieces_that_replay_addresses(iterations, engine_process, tmp_path):
     """As under CUDA's piecewise graphs: what a call of a unit reads and writes lies where its first call had it."""
     model = tiny.model(tiny.config(num_iterations=iterations, qk_norm="all"))

@@ -10,7 +10,7 @@ from harness.oracle import agrees
 @pytest.mark.parametrize(
     "kv_heads, cross_kv_heads, mode",
     [
-        pytest.param(2, 1, 0, id="one-global-head"),
+        pytest.param(2, 1, 0, id="one-global-head", marks=pytest.mark.runner("two-ranks")),
         pytest.param(1, 2, None, id="one-window-head-compiled", marks=[needs_compiler, pytest.mark.slow]),
     ],
 )
