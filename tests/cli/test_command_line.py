@@ -176,7 +176,8 @@ def test_example(trained, tmp_path, capsys, monkeypatch):
     copy = "a copy of the trained model examples/yoco-u-kjv"
     nonsense = "a random model, which only shows that serving works and answers nonsense"
     assert code == 0
-    assert printed == f"{folder}: {copy if trained else nonsense}; serve it with: vllm serve '{folder}'\n"
+    serving = f"vllm serve '{folder}' (on a CPU add --dtype float32 --kv-cache-memory-bytes 256M)"
+    assert printed == f"{folder}: {copy if trained else nonsense}; serve it with: {serving}\n"
     code, printed, _ = run(capsys, monkeypatch, "info", folder, "--json")
     assert code == 0 and json.loads(printed)["iterations"] == 3
     code, printed, error = run(capsys, monkeypatch, "example", folder)

@@ -216,7 +216,8 @@ def example(folder: arguments.Example) -> None:
 
     nonsense = "a random model, which only shows that serving works and answers nonsense"
     written = "a copy of the trained model examples/yoco-u-kjv" if write_example(folder) else nonsense
-    print(f"{folder}: {written}; serve it with: vllm serve {shlex.quote(str(folder))}")
+    on_cpu = "--dtype float32 --kv-cache-memory-bytes 256M"
+    print(f"{folder}: {written}; serve it with: vllm serve {shlex.quote(str(folder))} (on a CPU add {on_cpu})")
 
 
 def _write(plan: "Plan", shard_size: int) -> None:
