@@ -190,6 +190,13 @@ def test_an_override_of_what_is_not_a_key_is_refused(key):
         tiny.config().update({key: 2})
 
 
+def test_what_a_saved_config_says_overrides_one_that_was_never_saved(tmp_path):
+    tiny.config(sliding_window=17).save_pretrained(tmp_path)
+    cfg = tiny.config()
+    cfg.update(YocoUConfig.from_pretrained(tmp_path).to_dict())
+    assert cfg.sliding_window == 17
+
+
 def model_config(folder, overrides: dict) -> ModelConfig:
     """vLLM's, of the checkpoint in `folder`."""
     load_general_plugins()
@@ -252,10 +259,12 @@ def test_impossible_overrides_are_refused_on_loading(tmp_path):
         YocoUConfig.from_pretrained(tmp_path, num_iterations=0)
 
 
-def test_vllm_keys_compiled_code_by_everything_but_the_iterations():
+def test_vllm_keys_compiled_code_by_everything_but_the_iterations(tmp_path):
     keys = [normalize_value(tiny.config(num_iterations=iterations)) for iterations in (1, 3)]
     assert keys[0] == keys[1] == normalize_value(tiny.config())
     assert normalize_value(tiny.config(sliding_window=17)) not in keys
+    tiny.config().save_pretrained(tmp_path)
+    assert normalize_value(YocoUConfig.from_pretrained(tmp_path)) == keys[0]
 
 
 def test_vllm_hashes_a_checkpoint_alike_with_every_number_of_iterations(tmp_path):

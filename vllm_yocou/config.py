@@ -6,12 +6,14 @@ what needs neither uses `Architecture` alone.
 """
 
 import json
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
-from vllm_yocou import rope
+from vllm_yocou import auto_classes, rope
 from vllm_yocou.architecture import Architecture
 from vllm_yocou.config_keys import refuse_foreign
 
@@ -61,14 +63,15 @@ class YocoUConfig(PreTrainedConfig, Architecture):
         rope.check(self.rope_parameters)
 
     def uuid(self) -> str:
-        """This configuration as JSON without num_iterations: what vLLM puts into its key of compiled code.
+        """This configuration as JSON without num_iterations and auto_map: what vLLM puts into its key of compiled code.
 
         One pass through the self-decoder is compiled and called T times, so that one artifact serves every T. Two
         other features of vLLM share this key and cannot distinguish two T of a checkpoint: the `system_fingerprint` of
-        its answers, and the KV-cache size that `VLLM_ENABLE_STARTUP_PLAN` saves.
+        its answers, and the KV-cache size that `VLLM_ENABLE_STARTUP_PLAN` saves. Only what was saved has an auto_map.
         """
         keys = json.loads(self.to_json_string())
         del keys["num_iterations"]
+        keys.pop("auto_map", None)
         return json.dumps(keys, sort_keys=True)
 
     @classmethod
@@ -87,11 +90,25 @@ class YocoUConfig(PreTrainedConfig, Architecture):
         refuse_foreign(config_dict)
         for key in config_dict:
             known = hasattr(self, key) and not callable(getattr(type(self), key, None))
-            if not known and key not in ("rope_theta", "quantization_config"):
+            if not known and key not in ("rope_theta", "quantization_config", "auto_map"):
                 raise ValueError(f"config key '{key}' is unknown to YOCO-U: correct the name of the override.")
         super().update(_with_rope_gathered(config_dict))
         self.validate()
         self._warn_if_retrained_depth(trained)
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        """Write the keys as JSON. A config.json also names the classes, whose module is written beside it.
+
+        Everything that saves a config comes here, between what transformers does before and after for its hub.
+        """
+        path = Path(json_file_path)
+        if path.name == CONFIG_NAME:
+            self.auto_map = auto_classes.write_module(path.parent)
+        super().to_json_file(path, use_diff)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
+        """Do nothing: for a registered class transformers saves a copy of its module, where ours names the package."""
 
     def _warn_if_retrained_depth(self, trained: int) -> None:
         if self.num_iterations != trained:

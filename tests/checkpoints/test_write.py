@@ -41,7 +41,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path):
     (leftover / "model-00009-of-00009.safetensors").write_text("half")
     convert(source, destination)
     assert sorted(os.listdir(tmp_path)) == ["converted", "source"]
-    assert sorted(os.listdir(destination)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(destination)) == ["config.json", "model.safetensors", "yoco_u.py"]
     with pytest.raises(ValueError, match="already exists"):
         convert(source, destination)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
+from vllm_yocou.auto_classes import write_module
 from vllm_yocou.checkpoints.plan import Plan, Step, refuse_existing
 
 # What else a model's folder may hold that is still true of the new checkpoint.
@@ -60,11 +61,15 @@ def write(plan: Plan, shard_bytes: int, written: Callable[[int], None]) -> None:
 
 
 def copy_companions(source: Path, destination: Path) -> None:
-    """Copy a model's tokenizer, chat template and generation settings."""
+    """Copy a model's tokenizer, chat template and generation settings.
+
+    The module that names its classes is not copied but written: it is code, and the package's own.
+    """
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copy(file, destination)
+    write_module(destination)
 
 
 def _write_weights(steps: list[Step], folder: Path, shard_bytes: int, written: Callable[[int], None]) -> None:

@@ -220,6 +220,10 @@ class YocoUPreTrainedModel(PreTrainedModel):
             config.shared_expert_gate = has_shared_expert_gate(pretrained_model_name_or_path)
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """Do nothing: for a registered class transformers saves a copy of its module, where ours names the package."""
+
 
 class YocoUModel(YocoUPreTrainedModel):
     """Embedding, T times the self-decoder, the global KV, the cross-decoder, the final norm."""
