@@ -34,7 +34,7 @@ def packing_rule(get_kv_cache_groups: Any) -> bool:
     from vllm.config import CacheConfig
     from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-    page = dict(num_kv_heads=1, head_size=32, dtype=torch.float32)
+    page: dict[str, Any] = dict(num_kv_heads=1, head_size=32, dtype=torch.float32)
     specs: dict[str, Any] = {
         f"window.{i}": SlidingWindowSpec(block_size=16, sliding_window=64, **page) for i in range(5)
     }

@@ -104,7 +104,9 @@ def names_in_code(found: Any) -> set[str]:
     members = [member for owner in owners for member in vars(owner).values()] or [found]
     names: set[str] = set()
     for member in members:
-        function = inspect.unwrap(member.fget if isinstance(member, property) else getattr(member, "__func__", member))
+        if isinstance(member, property):
+            member = member.fget
+        function: Any = inspect.unwrap(getattr(member, "__func__", member))
         codes = [function.__code__] if isinstance(function, FunctionType) else []
         while codes:
             code = codes.pop()

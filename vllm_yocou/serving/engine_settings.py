@@ -264,9 +264,9 @@ class YocoUArchitecture(ModelArchConfigConvertorBase):
     Next, vLLM imports the model class in another process, where a name that is missing would end in a traceback.
     """
 
-    def convert(self, **kwargs: Any) -> Any:
+    def convert(self, *args: Any, **kwargs: Any) -> Any:
         check_all()
-        return super().convert(**kwargs)
+        return super().convert(*args, **kwargs)
 
 
 class YocoUEngineSettings(VerifyAndUpdateConfig):
