@@ -26,7 +26,7 @@ ifeq ($(shell command -v g++),)
 export TORCHDYNAMO_DISABLE := 1
 endif
 
-.PHONY: serve check lint unit runners supported test test-all bench format constraints
+.PHONY: serve check lint unit supported test test-all bench format constraints
 serve: $(SERVING)
 	$(BIN)/python examples/inference/serve.py $(ARGS)
 
@@ -40,12 +40,9 @@ lint: $(TESTING)
 unit: $(TESTING)
 	$(PYTEST) -m "not engine and not slow" $(ARGS)
 
-runners: $(TESTING)
-	$(PYTEST) -m runner $(ARGS)
-
 # In CI, of every supported vLLM but the first: the tests that start no engine, and an exactness test of each runner.
 supported: $(TESTING)
-	$(MAKE) --jobs 2 unit runners
+	$(PYTEST) -m "runner or not (engine or slow)" $(TWO_WORKERS) $(ARGS)
 
 # A process interprets Triton or runs engines, never both. The second part runs also when the first has failed.
 test: $(TESTING)

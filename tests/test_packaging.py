@@ -136,7 +136,9 @@ def test_the_citation_is_of_this_version():
 
 def make(*arguments: str, **variables: object) -> subprocess.CompletedProcess:
     command = ["make", *arguments, *(f"{name}={value}" for name, value in variables.items())]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # Of the make that runs the tests, nothing: neither its options nor its variables.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("target, extras", [("serve", "cpu"), ("test", "cpu,dev")])
@@ -203,7 +205,7 @@ def test_torch_comes_from_pip_and_else_from_pytorchs_index(found_by, tmp_path):
     shutil.copy(ROOT / "Makefile", tree)
     default = index(tmp_path / "default", torch if found_by == "pip" else None)
     pytorchs = index(tmp_path / "pytorchs", torch if found_by == "TORCH_INDEX" else None)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "MAKE"))}
     environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_INDEX_URL": default.as_uri()}
     command = ["make", "-C", str(tree), ".venv/serving", f"PYTHON={sys.executable}", f"TORCH_INDEX={pytorchs.as_uri()}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
