@@ -12,7 +12,7 @@ CONSTRAINTS ?= packaging/cpu/constraints.txt
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Other versions than that of the CPU build run over its environment, in one of their own.
-VLLM ?= 0.32
+VLLM := 0.32
 ENVIRONMENT := .venv$(addprefix -,$(filter-out 0.32,$(VLLM)))
 BIN := $(ENVIRONMENT)/bin
 SERVING := $(ENVIRONMENT)/serving
