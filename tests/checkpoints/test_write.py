@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from harness import foreign_sources as sources
 from harness.conversions import convert, planned, save_changed
+from safetensors.torch import save_file
 
-from vllm_yocou.checkpoints.write import write
+from vllm_yocou.checkpoints.write import appearing, write
 
 
 def test_shards_have_an_index_and_the_size_that_was_asked_for(tmp_path):
@@ -20,6 +22,13 @@ def test_shards_have_an_index_and_the_size_that_was_asked_for(tmp_path):
     assert set(index["weight_map"].values()) == set(files)
     assert len(files) > 3
     assert max(files.values()) < 30_000 + 4_000  # and a header
+
+
+def test_files_are_as_readable_as_their_folder(tmp_path):
+    with appearing(tmp_path / "made") as folder:
+        save_file({"weight": torch.ones(1)}, folder / "model.safetensors")
+    mode = (tmp_path / "made").stat().st_mode
+    assert (tmp_path / "made" / "model.safetensors").stat().st_mode & 0o777 == mode & 0o666
 
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path):
@@ -51,7 +60,7 @@ import sys, threading
 from pathlib import Path
 from vllm_yocou.checkpoints.plan import plan as plan_of
 from vllm_yocou.checkpoints.sources import recognise
-from vllm_yocou.checkpoints.write import write
+from vllm_yocou.checkpoints.write import appearing, write
 
 def own_memory():  # without pages of mapped files, which the kernel takes back
     for line in open("/proc/self/status"):
