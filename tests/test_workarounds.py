@@ -29,13 +29,15 @@ from vllm.version import __version_tuple__
 
 from vllm_yocou import workarounds
 from vllm_yocou.rows.hand_over import RowOwner, RowSlots
+from vllm_yocou.seams.check import TESTED_VLLM, named
 from vllm_yocou.serving.backend import row_selecting_backend
 from vllm_yocou.serving.packing import GlobalCacheSpec
 
 
 def faulty(workaround: str) -> bool:
-    """Whether the vLLM of this environment is listed as having the fault."""
-    return ".".join(map(str, __version_tuple__[:2])) in workarounds.FAULTY_IN[workaround]
+    """Whether the vLLM of this environment is listed as having the fault; a newer one than any tested as the last."""
+    version = min(tuple(__version_tuple__[:2]), TESTED_VLLM[-1])
+    return named(version) in workarounds.FAULTY_IN[workaround]
 
 
 def test_every_workaround_is_listed():
@@ -145,14 +147,17 @@ def test_refuse_engines_without_memory_node(monkeypatch):
         parallel = SimpleNamespace(data_parallel_size=engines, data_parallel_size_local=engines, world_size=1)
         workarounds.refuse_engines_without_memory_node(SimpleNamespace(parallel_config=parallel))
 
-    start(len(nodes))
+    start(1)
     if looks_for_nodes:
         assert cpu_resource_utils.get_visible_memory_node(absent) == []
         with pytest.raises(ValueError, match=r"set the environment variable VLLM_CPU_SIM_MULTI_NUMA=1\.$"):
-            start(len(nodes) + 1)
+            start(max(nodes) + 2)
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        with pytest.raises(ValueError, match=r"NUMA=1 and unset VLLM_CPU_OMP_THREADS_BIND\.$"):
+            start(max(nodes) + 2)
         monkeypatch.setenv("VLLM_CPU_SIM_MULTI_NUMA", "1")
         assert cpu_resource_utils.get_visible_memory_node(absent) == nodes
-    start(len(nodes) + 1)
+    start(max(nodes) + 2)
 
 
 def test_fill_spec_registry(monkeypatch):

@@ -6,6 +6,7 @@
 import inspect
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -169,26 +170,29 @@ def refuse_expert_parallel(vllm_config: "VllmConfig") -> None:
 def refuse_engines_without_memory_node(vllm_config: "VllmConfig") -> None:
     """Refuse more engines on a CPU than the machine has NUMA nodes, before they end in an assertion.
 
-    vLLM 0.33 gives the n-th engine the n-th node, and ends one whose node is not there. The variable that the sentence
-    names lets engines share a node.
+    vLLM 0.33 gives the n-th worker the n-th node, and ends one whose node is not there. The variable that the sentence
+    names lets workers share a node; vLLM takes it only where it binds threads by itself.
 
     Raises:
         ValueError: an engine would have no memory node.
     """
     from vllm.platforms import current_platform
+
+    parallel = vllm_config.parallel_config
+    several_on_a_cpu = parallel.data_parallel_size_local > 1 and current_platform.is_cpu()
+    if not several_on_a_cpu or sys.platform != "linux" or "VLLM_CPU_SIM_MULTI_NUMA" in os.environ:
+        return
     from vllm.utils.cpu_resource_utils import get_memory_affinity, get_visible_memory_node
 
-    if not current_platform.is_cpu() or "VLLM_CPU_SIM_MULTI_NUMA" in os.environ:
+    if "assigned_node_ids" not in inspect.signature(get_visible_memory_node).parameters:
         return
-    binds_by_hand = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") != "auto"
-    if binds_by_hand or "assigned_node_ids" not in inspect.signature(get_visible_memory_node).parameters:
-        return
-    parallel, nodes = vllm_config.parallel_config, len(get_memory_affinity())
-    if parallel.data_parallel_size_local > 1 and parallel.data_parallel_size_local * parallel.world_size > nodes:
+    workers, nodes = parallel.data_parallel_size_local * parallel.world_size, get_memory_affinity()
+    if not set(range(workers)) <= set(nodes):
+        bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") != "auto"
         raise ValueError(
-            f"--data-parallel-size {parallel.data_parallel_size} cannot be used on a CPU with {nodes} NUMA "
-            f"{'node' if nodes == 1 else 'nodes'} as it is: this vLLM looks for a node for each engine, set the "
-            "environment variable VLLM_CPU_SIM_MULTI_NUMA=1."
+            f"--data-parallel-size {parallel.data_parallel_size} cannot be used on a CPU with {len(nodes)} NUMA "
+            f"{'node' if len(nodes) == 1 else 'nodes'} as it is: this vLLM looks for a node for each worker, set the "
+            f"environment variable VLLM_CPU_SIM_MULTI_NUMA=1{' and unset VLLM_CPU_OMP_THREADS_BIND' if bound else ''}."
         )
 
 

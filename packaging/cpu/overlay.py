@@ -5,6 +5,9 @@
 The new environment has vLLM's Python files of that version, the compiled extensions of the environment whose Python
 runs this, and everything else from there. So it shows how vLLM's Python code changed, and nothing about its C++
 kernels. The environment below is only read, and has to stay where it is.
+
+What the newer vLLM requires and the environment below lacks is installed without requirements of its own. An
+environment that was made once stays with its version: delete it to have a newer patch release.
 """
 
 import argparse
@@ -43,17 +46,17 @@ BASE = Path(sysconfig.get_path("purelib"))
 
 def download(requirement: str, folder: Path) -> Path:
     """The wheel that pip chooses."""
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, requirement], check=True
-    )
+    only_wheels = ["--no-deps", "--only-binary", ":all:", "--dest", folder]
+    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", *only_wheels, requirement], check=True)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
 
 def create(environment: Path) -> Path:
     """A new environment behind whose own packages those of this one are found; returns the folder of its own."""
-    shutil.rmtree(environment, ignore_errors=True)
-    venv.create(environment)
+    if environment.exists() and not (environment / "pyvenv.cfg").exists():
+        sys.exit(f"{environment} is not a virtual environment and would be replaced: name another folder.")
+    venv.create(environment, clear=True, symlinks=True)
     (own,) = environment.glob("lib/python*/site-packages")
     # Not a plain path: editable installs are found through the .pth files of this environment.
     (own / "below.pth").write_text(f"import site; site.addsitedir({str(BASE)!r})\n")

@@ -60,7 +60,7 @@ import sys, threading
 from pathlib import Path
 from vllm_yocou.checkpoints.plan import plan as plan_of
 from vllm_yocou.checkpoints.sources import recognise
-from vllm_yocou.checkpoints.write import appearing, write
+from vllm_yocou.checkpoints.write import write
 
 def own_memory():  # without pages of mapped files, which the kernel takes back
     for line in open("/proc/self/status"):

@@ -1,5 +1,8 @@
 """A newer vLLM with every seam starts with one warning; one without ends in a sentence; other models see neither."""
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 from harness import tiny
 from transformers import LlamaConfig
@@ -8,11 +11,14 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.models import registry
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.platforms import current_platform
 from vllm.transformers_utils import model_arch_config_convertor
 
 from vllm_yocou import registration
 from vllm_yocou.seams import check
-from vllm_yocou.seams.settings import OF_REGISTRATION
+from vllm_yocou.seams.model import GROUPING
+from vllm_yocou.seams.seam import Seam
+from vllm_yocou.seams.table import SEAMS
 
 SETTINGS = dict(skip_tokenizer_init=True, load_format="dummy", dtype="float32", enforce_eager=True)
 
@@ -55,7 +61,8 @@ def llama(folder, monkeypatch) -> VllmConfig:
     return configure(folder, config)
 
 
-def test_a_tested_version_starts_silently(tmp_path, lines):
+def test_a_tested_version_starts_silently(tmp_path, lines, monkeypatch):
+    monkeypatch.setattr(check, "vllm_version", lambda: (*check.TESTED_VLLM[-1], 1))
     yoco_u(tmp_path)
     assert not [line for line in lines if "tested" in line]
 
@@ -108,5 +115,22 @@ def test_versions(version, old, tested):
     assert (check.is_too_old(version), check.is_tested(version)) == (old, tested)
 
 
-def test_what_registration_touches_is_little():
-    assert len(OF_REGISTRATION) < 10
+@pytest.mark.parametrize("sizes", [(1,) * 6, (5, 1)])
+def test_another_packing_rule_ends_that_start_in_a_sentence(sizes, tmp_path, monkeypatch, newer):
+    """One group a cache is what vLLM would do with caches of one size."""
+    place = next(place for place in GROUPING.places if Seam(place, "", "").missing() is None)
+    module, _, name = place.partition(":")
+    groups = [SimpleNamespace(layer_names=list(range(size))) for size in sizes]
+    monkeypatch.setattr(importlib.import_module(module), name, lambda vllm_config, specs: groups)
+    with pytest.raises(
+        ValueError, match=r"window caches are packed into few groups, and it has another packing rule in"
+    ):
+        yoco_u(tmp_path)
+
+
+def test_a_gpu_needs_no_seam_of_cpus(monkeypatch):
+    checked = []
+    monkeypatch.setattr(check, "check", checked.extend)
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    check.check_all()
+    assert {seam for seam in SEAMS if seam.on_cpu} == set(SEAMS) - set(checked) != set()

@@ -158,6 +158,8 @@ def test_the_log_says_what_the_caches_are_and_cost(engine, tmp_path, lines):
 
 def test_a_cache_dtype_that_the_cpu_does_not_read_is_refused(engine, tmp_path):
     tiny.model(tiny.config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"bfloat16"):
+        engine(tmp_path, kv_cache_dtype="bfloat16")  # beside float32; vLLM 0.33 refuses it before we do
     with pytest.raises(ValueError, match=r"--kv-cache-dtype int8_per_token_head (cannot be used|is not supported)"):
         engine(tmp_path, kv_cache_dtype="int8_per_token_head")
 

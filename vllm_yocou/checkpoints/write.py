@@ -44,7 +44,8 @@ def appearing(destination: Path) -> Iterator[Path]:
         # safetensors keeps its files from all but their owner, and a server may run as another user.
         readable = unfinished.stat().st_mode & 0o666
         for file in unfinished.iterdir():
-            file.chmod(readable)
+            if file.is_file():
+                file.chmod(readable)
         unfinished.rename(destination)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,7 +1,11 @@
 """What vLLM does, beyond names and signatures, where the plugin would be wrong or wasteful if it did otherwise."""
 
+import copy
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 def order_of_levels(support: Any) -> bool:
@@ -28,31 +32,20 @@ def pair_of_defaults(engine_args: Any) -> bool:
     return all(isinstance(tokens, int) for tokens in by_usage.values())
 
 
-def packing_rule(get_kv_cache_groups: Any) -> bool:
-    """`get_kv_cache_groups`: five window caches and one global page of three window pages make groups of 3, 2 and 1."""
+def packing_rule(get_kv_cache_groups: Any, vllm_config: "VllmConfig") -> bool:
+    """`get_kv_cache_groups`: five window caches and one global page of three window pages make groups of 3, 2 and 1.
+
+    It is asked with a copy of an engine's configuration, in the layout that the plugin's backends ask for.
+    """
     import torch
-    from vllm.config import CacheConfig
     from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-    page: dict[str, Any] = dict(num_kv_heads=1, head_size=32, dtype=torch.float32)
-    specs: dict[str, Any] = {
-        f"window.{i}": SlidingWindowSpec(block_size=16, sliding_window=64, **page) for i in range(5)
-    }
-    specs["global.0"] = FullAttentionSpec(block_size=3 * 16, **page)
-    settings = Settings(cache_config=CacheConfig())
+    settings = copy.copy(vllm_config)
+    settings.cache_config = copy.copy(vllm_config.cache_config)
     settings.cache_config.kv_cache_layout = "BLNHC"
+    page: dict[str, Any] = dict(num_kv_heads=1, head_size=32, dtype=torch.float32)
+    window = SlidingWindowSpec(block_size=16, sliding_window=64, **page)
+    specs: dict[str, Any] = {f"window.{i}": window for i in range(5)}
+    specs["global.0"] = FullAttentionSpec(block_size=3 * 16, **page)
     groups = get_kv_cache_groups(settings, specs)
     return sorted(len(group.layer_names) for group in groups) == [1, 2, 3]
-
-
-class Settings(SimpleNamespace):
-    """As much of a VllmConfig as the grouping needs; whatever else it asks for, at any depth, is off."""
-
-    def __getattr__(self, name: str) -> "Settings":
-        return Settings()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> "Settings":
-        return Settings()
-
-    def __bool__(self) -> bool:
-        return False

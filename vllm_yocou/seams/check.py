@@ -7,11 +7,16 @@ at once a YOCO-U model is configured.
 import logging
 from collections.abc import Iterable
 from functools import cache
+from typing import TYPE_CHECKING
 
 from vllm_yocou import __version__
-from vllm_yocou.seams.seam import Seam
+from vllm_yocou.seams.behaviour import packing_rule
+from vllm_yocou.seams.seam import Seam, behaves
 
-# Every test runs with each of these.
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+# `make test` passes with each of these.
 TESTED_VLLM = ((0, 32), (0, 33))
 
 logger = logging.getLogger("vllm.plugins.yocou")
@@ -48,10 +53,14 @@ def check(seams: Iterable[Seam]) -> None:
     """Raise SeamMissing for the first seam that this vLLM lacks."""
     for seam in seams:
         if missing := seam.missing():
-            raise SeamMissing(
-                f"vLLM {named(vllm_version())} cannot serve YOCO-U with vllm-yocou {__version__}: it has {missing} "
-                f"({seam.why}), install vLLM {tested().replace('and', 'or')}, or a newer vllm-yocou."
-            )
+            raise refusal(missing, seam)
+
+
+def refusal(missing: str, seam: Seam) -> SeamMissing:
+    return SeamMissing(
+        f"vLLM {named(vllm_version())} cannot serve YOCO-U with vllm-yocou {__version__}: {seam.why}, and it has "
+        f"{missing}; install vLLM {tested().replace('and', 'or')}, or a newer vllm-yocou."
+    )
 
 
 @cache
@@ -61,9 +70,11 @@ def check_all() -> None:
     Raises:
         SeamMissing: this vLLM lacks a seam.
     """
+    from vllm.platforms import current_platform
+
     from vllm_yocou.seams.table import SEAMS
 
-    check(SEAMS)
+    check(seam for seam in SEAMS if current_platform.is_cpu() or not seam.on_cpu)
     if not is_tested(vllm_version()):
         logger.warning(
             "vllm-yocou %s is tested with vLLM %s, and this is %s: everything that it relies on is there, but compare "
@@ -72,3 +83,18 @@ def check_all() -> None:
             tested(),
             named(vllm_version()),
         )
+
+
+def check_packing(vllm_config: "VllmConfig") -> None:
+    """Check the one behaviour that only an engine's configuration can show: how vLLM groups caches.
+
+    Raises:
+        SeamMissing: they would be grouped in another way, and the KV cache would take more than it is said to.
+    """
+    from vllm_yocou.seams.model import GROUPING
+
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        return  # one group, which is said at start
+    grouping = GROUPING.find()
+    if not behaves(lambda get_kv_cache_groups: packing_rule(get_kv_cache_groups, vllm_config), grouping):
+        raise refusal(f"another packing rule in {' or '.join(GROUPING.places)}", GROUPING)

@@ -22,6 +22,36 @@ ATTENTION = (
         takes="kv_cache_spec layer_names vllm_config device",
     ),
     Seam(
+        "vllm.v1.attention.backend:AttentionMetadataBuilder.build",
+        "the rows of a step are selected where its metadata are built",
+        "rows/test_skipping.py",
+        takes="common_prefix_len common_attn_metadata fast_build",
+    ),
+    Seam(
+        "vllm.v1.attention.backend:AttentionMetadataBuilder.get_cudagraph_support",
+        "graphs of mixed batches would be captured with all rows",
+        "serving/test_compilation.py",
+        takes="vllm_config kv_cache_spec",
+    ),
+    Seam(
+        "vllm.v1.attention.backend:AttentionImpl.forward",
+        "our kernels take the place of an implementation's",
+        "serving/test_fused_attention.py",
+        takes="layer query key value kv_cache attn_metadata output",
+    ),
+    Seam(
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadata",
+        "our kernels read a step's metadata",
+        "serving/test_fused_attention.py",
+        has="block_table max_query_len num_actual_tokens query_start_loc seq_lens",
+    ),
+    Seam(
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder",
+        "its scratch memory has to be as wide as the global cache's heads",
+        "test_workarounds.py",
+        mentions="softmax_segm_output",
+    ),
+    Seam(
         "vllm.v1.attention.backend:AttentionCGSupport",
         "graphs of mixed batches would be captured with all rows",
         "serving/test_compilation.py",
@@ -49,7 +79,7 @@ ATTENTION = (
         "vllm.v1.attention.backends.registry:AttentionBackendEnum",
         "vLLM's backends run over packed memory under names of ours",
         "serving/test_backend.py",
-        has="CPU_ATTN FLASH_ATTN TRITON_ATTN register",
+        has="CPU_ATTN FLASH_ATTN TRITON_ATTN get_class register",
     ),
     Seam(
         "vllm.v1.attention.selector:get_attn_backend",
@@ -64,7 +94,7 @@ ATTENTION = (
         has="get_kv_cache_spec",
         takes="attn_backend cache_config num_kv_heads per_layer_sliding_window prefix quant_config",
         mentions=(
-            "_q_scale head_size head_size_v impl kv_cache_dtype kv_cache_torch_dtype layer_name num_heads "
+            "_q_scale attn_backend head_size head_size_v impl kv_cache_dtype kv_cache_torch_dtype layer_name num_heads "
             "query_quant sliding_window"
         ),
     ),
@@ -88,19 +118,21 @@ ATTENTION = (
         "vllm.forward_context:ForwardContext",
         "a step's metadata and layers are in it",
         "serving/test_model.py",
-        has="attn_metadata cudagraph_runtime_mode no_compile_layers",
+        has="attn_metadata batch_descriptor cudagraph_runtime_mode no_compile_layers",
     ),
     Seam("vllm.forward_context:get_forward_context", "a step's metadata and layers are in it", "serving/test_model.py"),
 )
 
+# check.py also looks at what it does, with the configuration of an engine.
+GROUPING = Seam(
+    ("vllm.v1.core.kv_cache_planning:get_kv_cache_groups", "vllm.v1.core.kv_cache_utils:get_kv_cache_groups"),
+    "window caches are packed into few groups",
+    "serving/test_packing.py",
+    moved="0.32",
+)
+
 CACHES = (
-    Seam(
-        ("vllm.v1.core.kv_cache_planning:get_kv_cache_groups", "vllm.v1.core.kv_cache_utils:get_kv_cache_groups"),
-        "window caches are packed into few groups",
-        "serving/test_packing.py",
-        behaves=behaviour.packing_rule,
-        moved="0.32",
-    ),
+    GROUPING,
     Seam(
         "vllm.model_executor.models.utils:extract_layer_index",
         "caches are named so that vLLM finds one number in each name",
@@ -153,32 +185,32 @@ CACHES = (
 LAYERS = (
     Seam(
         "vllm.model_executor.layers.linear:QKVParallelLinear",
-        "projections",
+        "its queries, keys and values are projected by this layer",
         "serving/test_tensor_parallel.py",
         takes="bias prefix quant_config total_num_heads total_num_kv_heads",
         mentions="num_heads num_kv_heads",
     ),
     Seam(
         "vllm.model_executor.layers.linear:ColumnParallelLinear",
-        "projections",
+        "its queries, keys and values are projected by this layer",
         "serving/test_tensor_parallel.py",
         takes="bias prefix quant_config",
     ),
     Seam(
         "vllm.model_executor.layers.linear:RowParallelLinear",
-        "projections",
+        "its queries, keys and values are projected by this layer",
         "serving/test_tensor_parallel.py",
         takes="bias prefix quant_config",
     ),
     Seam(
         "vllm.model_executor.layers.linear:ReplicatedLinear",
-        "the gate of a shared expert",
+        "a shared expert's gate is this layer",
         "serving/test_feed_forward.py",
         takes="bias prefix",
     ),
     Seam(
         "vllm.model_executor.layers.layernorm:RMSNorm",
-        "norms of rows and heads",
+        "rows and heads are normed by this layer",
         "serving/test_model.py",
         has="forward",
         takes="eps",
@@ -186,53 +218,81 @@ LAYERS = (
     ),
     Seam(
         "vllm.model_executor.models.llama:LlamaMLP",
-        "feed-forward",
+        "its feed-forward is this layer",
         "serving/test_model.py",
         takes="prefix quant_config",
     ),
     Seam(
         "vllm.model_executor.models.qwen2_moe:Qwen2MoeMLP",
-        "shared experts",
+        "its shared experts are this layer",
         "serving/test_feed_forward.py",
         takes="expert_gate prefix quant_config reduce_results",
     ),
     Seam(
         "vllm.model_executor.layers.fused_moe:FusedMoEFactory",
-        "routed experts",
+        "its routed experts are made by this",
         "serving/test_feed_forward.py",
         takes="hidden_size intermediate_size num_experts prefix quant_config renormalize shared_experts top_k",
     ),
-    Seam("vllm.model_executor.layers.fused_moe:GateLinear", "routing", "serving/test_feed_forward.py", takes="prefix"),
+    Seam(
+        "vllm.model_executor.layers.fused_moe:GateLinear",
+        "rows are routed to experts by this layer",
+        "serving/test_feed_forward.py",
+        takes="prefix",
+    ),
     Seam(
         "vllm.model_executor.layers.rotary_embedding:get_rope",
-        "RoPE",
+        "queries and keys are rotated by vLLM's layers",
         "serving/test_rope.py",
         takes="is_neox_style rope_parameters",
     ),
     Seam(
         "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding",
-        "RoPE of the 2024 YOCO code",
+        "the RoPE of the 2024 YOCO code is made of this layer",
         "serving/test_rope.py",
         has="_compute_inv_freq",
+        takes="head_size rotary_dim max_position_embeddings base is_neox_style dtype",
         mentions="cos_sin_cache is_neox_style rotary_dim",
     ),
-    Seam("vllm.model_executor.layers.logits_processor:LogitsProcessor", "logits", "serving/test_model.py"),
+    Seam(
+        "vllm.model_executor.layers.logits_processor:LogitsProcessor",
+        "logits are computed by this layer",
+        "serving/test_model.py",
+    ),
     Seam(
         "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead",
-        "the head",
+        "its head is this layer",
         "serving/test_model.py",
         has="tie_weights",
         takes="prefix quant_config",
     ),
     Seam(
         "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding",
-        "the embedding",
+        "its embedding is this layer",
         "serving/test_model.py",
         takes="prefix quant_config",
     ),
 )
 
 MODEL = (
+    Seam(
+        "vllm.model_executor.models.interfaces_base:VllmModel",
+        "vLLM calls the model's methods by these names",
+        "serving/test_model.py",
+        has="embed_input_ids forward",
+    ),
+    Seam(
+        "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration",
+        "vLLM calls the model's methods by these names",
+        "serving/test_model.py",
+        has="compute_logits",
+    ),
+    Seam(
+        "vllm.model_executor.model_loader.utils:initialize_model",
+        "vLLM builds the model with these arguments",
+        "serving/test_model.py",
+        mentions="vllm_config prefix",
+    ),
     Seam(
         "vllm.model_executor.models.interfaces:SupportsLoRA",
         "adapters are served",
@@ -246,13 +306,19 @@ MODEL = (
         has="load_weights",
     ),
     Seam(
+        "vllm.model_executor.models.utils:AutoWeightsLoader.load_weights",
+        "weights are loaded by vLLM's loader",
+        "serving/test_bad_checkpoints.py",
+        takes="mapper",
+    ),
+    Seam(
         "vllm.model_executor.models.utils:WeightsMapper",
         "stored names become those of merged projections",
         "serving/test_bad_checkpoints.py",
         takes="orig_to_new_stacked",
     ),
     Seam("vllm.model_executor.models.utils:maybe_prefix", "layers are named", "serving/test_model.py"),
-    Seam("vllm.sequence:IntermediateTensors", "the signature of a model", "serving/test_model.py"),
+    Seam("vllm.sequence:IntermediateTensors", "a model's forward takes these", "serving/test_model.py"),
     Seam(
         "vllm.distributed:get_tensor_model_parallel_rank", "one rank logs and counts", "serving/test_tensor_parallel.py"
     ),
@@ -260,10 +326,24 @@ MODEL = (
         "vllm.distributed:get_tensor_model_parallel_world_size", "ranks share heads", "serving/test_tensor_parallel.py"
     ),
     Seam(
+        "vllm.compilation.cuda_graph:CUDAGraphWrapper",
+        "the step that captures the pieces of a model runs the self-decoder once",
+        "serving/test_compilation.py",
+        has="_all_instances",
+        mentions="compilation_config concrete_cudagraph_entries runtime_mode",
+    ),
+    Seam(
         "vllm.compilation.decorators:support_torch_compile",
         "two units of the model are compiled",
         "serving/test_compilation.py",
         takes="dynamic_arg_dims",
+    ),
+    Seam(
+        "vllm.compilation.decorators:_try_load_aot_compiled_fn",
+        "saved code is loaded again on a CPU",
+        "test_workarounds.py",
+        mentions="finalize_loading load_compiled_function",
+        on_cpu=True,
     ),
     Seam(
         "vllm.compilation.decorators:_support_torch_compile",
@@ -304,9 +384,16 @@ MODEL = (
         mentions="_last_mapping lora_manager punica_wrapper_mapping",
     ),
     Seam(
+        "vllm.lora.layers.utils:LoRAMapping",
+        "reduced steps need the adapters of their own rows",
+        "serving/test_lora.py",
+        has="index_mapping",
+    ),
+    Seam(
         "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU",
         "vLLM's CPU operators would move rows without an adapter",
         "test_workarounds.py",
         has="add_lora_linear token_lora_indices",
+        on_cpu=True,
     ),
 )

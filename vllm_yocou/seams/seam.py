@@ -1,7 +1,7 @@
 """One thing of vLLM's that this plugin relies on, and how to see whether it is still there.
 
 A seam is looked at by importing it and reading its signature, its fields and the names in its code. Nothing is run,
-except the few behaviours of behaviour.py.
+except the behaviours of behaviour.py that need no engine.
 """
 
 import importlib
@@ -19,13 +19,14 @@ class Seam:
 
     Attributes:
         place: `module:name`. Of several, the first that exists counts: vLLM moved it between the supported versions.
-        why: what the plugin does with it; it stands in the sentence that refuses a start without the seam.
+        why: what the plugin needs it for; it stands in the sentence that refuses a start without the seam.
         test: the module of tests/ that fails where the seam changes its meaning.
         has: attributes, fields, methods or members, separated by spaces, as in the next two.
-        takes: parameters, those of `__init__` for a class.
-        mentions: attributes or keys that its code reads or sets; how vLLM is seen to ask for something of ours.
+        takes: parameters by name, those of `__init__` for a class.
+        mentions: attributes, keywords or strings in its code; how vLLM is seen to read or set something of ours.
         behaves: a function of the object that is true while it behaves as the plugin expects.
         moved: the last version of vLLM in which the places after the first are needed.
+        on_cpu: whether only a CPU needs it.
     """
 
     place: str | tuple[str, ...]
@@ -36,6 +37,7 @@ class Seam:
     mentions: str = ""
     behaves: Callable[[Any], bool] | None = None
     moved: str | None = None
+    on_cpu: bool = False
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -45,8 +47,7 @@ class Seam:
         """The object itself.
 
         Raises:
-            ImportError: its module is not there.
-            AttributeError: the module has no such name.
+            Exception: its module cannot be imported, or has no such name.
         """
         for place in self.places[:-1]:
             try:
@@ -60,14 +61,16 @@ class Seam:
         name = " or ".join(self.places)
         try:
             found = self.find()
-        except (ImportError, AttributeError):
+        except (ModuleNotFoundError, AttributeError):
             return f"no {name}"
+        except Exception as error:  # whatever a module of a changed vLLM raises when it is imported
+            return f"no {name}: {error}"
         for attribute in self.has.split():
             if not has(found, attribute):
                 return f"no '{attribute}' in {name}"
-        accepted = parameters(found) if self.takes else None
+        accepted = parameters(found) if self.takes else set()
         for parameter in self.takes.split():
-            if accepted is not None and parameter not in accepted:
+            if parameter not in accepted:
                 return f"no parameter '{parameter}' of {name}"
         mentioned = names_in_code(found) if self.mentions else set()
         for attribute in self.mentions.split():
@@ -84,22 +87,18 @@ def resolve(place: str) -> Any:
 
 
 def has(found: Any, attribute: str) -> bool:
-    """Whether the object, or an instance of the class, has the attribute; fields need no default."""
-    if hasattr(found, attribute):
-        return True
-    classes = inspect.getmro(found) if inspect.isclass(found) else ()
-    return any(attribute in vars(cls).get("__annotations__", {}) for cls in classes)
+    """Whether the object, or an instance of the class, has the attribute; a field of a dataclass needs no default."""
+    return hasattr(found, attribute) or attribute in getattr(found, "__dataclass_fields__", {})
 
 
-def parameters(found: Any) -> set[str] | None:
-    """Names that a call takes; None where it takes any."""
+def parameters(found: Any) -> set[str]:
+    """Names of parameters, without those that `**` would take: vLLM might pass these on, or ignore them."""
     # Not the signature of a class: vLLM's layers have a `__new__` that takes anything.
-    taken = inspect.signature(found.__init__ if inspect.isclass(found) else found).parameters
-    return None if any(it.kind is it.VAR_KEYWORD for it in taken.values()) else set(taken)
+    return set(inspect.signature(found.__init__ if inspect.isclass(found) else found).parameters)
 
 
 def names_in_code(found: Any) -> set[str]:
-    """Attributes and strings in the code of a function, or of a class's methods and its bases'."""
+    """Attributes, keywords and strings in the code of a function, or of a class's methods and its bases'."""
     owners = inspect.getmro(found) if inspect.isclass(found) else ()
     members = [member for owner in owners for member in vars(owner).values()] or [found]
     names: set[str] = set()
@@ -110,7 +109,10 @@ def names_in_code(found: Any) -> set[str]:
         codes = [function.__code__] if isinstance(function, FunctionType) else []
         while codes:
             code = codes.pop()
-            names.update(code.co_names, (constant for constant in code.co_consts if isinstance(constant, str)))
+            names.update(code.co_names)
+            for constant in code.co_consts:
+                texts = constant if isinstance(constant, tuple) else (constant,)  # the keywords of a call are one tuple
+                names.update(text for text in texts if isinstance(text, str))
             codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return names
 

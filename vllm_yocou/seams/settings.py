@@ -46,6 +46,7 @@ SETTINGS = (
             "load_config lora_config max_in_flight_tokens model_config parallel_config performance_mode "
             "quant_config scheduler_config speculative_config use_v2_model_runner"
         ),
+        mentions="MODELS_CONFIG_MAP verify_and_update_config",
     ),
     Seam(
         "vllm.config:ModelConfig",
@@ -55,7 +56,7 @@ SETTINGS = (
             "disable_sliding_window dtype enforce_eager hf_config is_moe logits_processors max_model_len model "
             "model_weights served_model_name"
         ),
-        mentions="runner_type",
+        mentions="MODEL_ARCH_CONFIG_CONVERTORS MODELS_CONFIG_MAP runner_type verify_and_update_model_config",
     ),
     Seam(
         "vllm.config:CacheConfig",
@@ -130,11 +131,13 @@ SETTINGS = (
         "vllm.utils.cpu_resource_utils:get_memory_affinity",
         "engines on a CPU need a memory node each",
         "test_workarounds.py",
+        on_cpu=True,
     ),
     Seam(
         "vllm.utils.cpu_resource_utils:get_visible_memory_node",
         "engines on a CPU need a memory node each",
         "test_workarounds.py",
+        on_cpu=True,
     ),
     Seam("vllm.platforms:current_platform", "CPUs have rules of their own", "test_workarounds.py", has="is_cpu"),
 )
@@ -158,6 +161,19 @@ REQUESTS = (
         "the V1 runner tells the row selection of its requests",
         "rows/test_skipping.py",
         has="apply is_argmax_invariant update_state validate_params",
+        takes="vllm_config device is_pin_memory",
+    ),
+    Seam(
+        "vllm.v1.sample.logits_processor:validate_logits_processors_parameters",
+        "the V1 runner would end with a seeded request",
+        "serving/test_server.py",
+        mentions="validate_params",
+    ),
+    Seam(
+        "vllm.v1.metrics.prometheus:get_prometheus_registry",
+        "the row counters are shown in this registry",
+        "rows/test_metrics.py",
+        mentions="REGISTRY",
     ),
     Seam(
         "vllm.v1.sample.logits_processor:BatchUpdate",

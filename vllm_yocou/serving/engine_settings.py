@@ -14,7 +14,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from vllm_yocou.options import Options
-from vllm_yocou.seams.check import check_all
+from vllm_yocou.seams.check import check_all, check_packing
 from vllm_yocou.workarounds import refuse_engines_without_memory_node, refuse_expert_parallel, warn_of_seed
 
 if TYPE_CHECKING:
@@ -253,6 +253,7 @@ REFUSALS = (
     refuse_engines_without_memory_node,
     check_kernels,
     check_compilation_mode,
+    check_packing,
 )
 ADJUSTMENTS = (find_shared_expert_gate, list_experts_by_call, choose_compilation, choose_chunk)
 HOOKS = (expose_metrics, observe_requests, warn_of_seed)
@@ -272,6 +273,7 @@ class YocoUArchitecture(ModelArchConfigConvertorBase):
 class YocoUEngineSettings(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        check_all()  # once a process; a vLLM that no longer asks for the class above would come here first
         if model_config.disable_sliding_window:
             raise ValueError(
                 "--disable-sliding-window cannot be used with YOCO-U: its self-decoder was trained with a window of a "
