@@ -155,6 +155,6 @@ def test_pieces_that_replay_addresses(iterations, engine_process, tmp_path):
     for batch in batches:
         for request, output in zip(requests, batch.outputs, strict=True):
             oracle.compare(request["prompt"], output)
-        assert batch.metrics["graph_replays"] > batch.metrics["graph_captures"]
+        assert batch.metrics["graph_replays"] > batch.metrics["graph_captures"] == 0
     oracle.check()
-    assert batches[0].metrics["graph_captures"] > 0 and batches[0].metrics["yocou_skipped_rows"] > 0
+    assert batches[0].metrics["yocou_skipped_rows"] > 0

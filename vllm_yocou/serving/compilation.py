@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
@@ -34,6 +35,33 @@ def prepare_cuda_graphs(compilation_config: CompilationConfig) -> None:
     # vLLM has chosen its splitting_ops by now; where it splits nowhere, nothing is captured in pieces.
     if compilation_config.splitting_ops and WINDOW_ATTENTION not in compilation_config.splitting_ops:
         compilation_config.splitting_ops.append(WINDOW_ATTENTION)
+
+
+class PieceCapture:
+    """Tells the step in which vLLM captures the pieces of a compiled model from the steps that replay them.
+
+    In that step the self-decoder must run once: its second call would replay what the first has just captured, and
+    custom all-reduce sets the pointers that a graph reads only after the last capture. Nobody reads what the step
+    computes.
+    """
+
+    def __init__(self, compilation_config: CompilationConfig):
+        self.compilation_config = compilation_config
+        self.piece: CUDAGraphWrapper | None = None
+
+    def is_running(self) -> bool:
+        """Asked before the first piece of a step runs; all pieces of a model are captured in the same steps."""
+        context = get_forward_context()
+        if context.cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE:
+            return False
+        if self.piece is None:
+            self.piece = next((piece for piece in CUDAGraphWrapper._all_instances if self.is_ours(piece)), None)
+        return self.piece is not None and context.batch_descriptor not in self.piece.concrete_cudagraph_entries
+
+    def is_ours(self, piece: CUDAGraphWrapper) -> bool:
+        """Whether it is a piece of this engine's model, as other engines of the process have theirs."""
+        is_piece = piece.runtime_mode == CUDAGraphMode.PIECEWISE
+        return is_piece and piece.compilation_config is self.compilation_config
 
 
 def warmed_up_by_one_pass(vllm_config: VllmConfig) -> bool:

@@ -29,6 +29,7 @@ from vllm_yocou.config import YocoUConfig
 from vllm_yocou.rows.selection import why_all_rows
 from vllm_yocou.serving.caches import GlobalCache, packing_of, window_caches
 from vllm_yocou.serving.compilation import (
+    PieceCapture,
     compiled_unit,
     prepare_cuda_graphs,
     warmed_up_by_one_pass,
@@ -95,6 +96,7 @@ class YocoUModel(nn.Module):
         )
         self.iterations = [torch.tensor(t, device="cpu") for t in range(config.num_iterations)]
         self.warmed_up_by_one_pass = warmed_up_by_one_pass(vllm_config)
+        self.capture = PieceCapture(vllm_config.compilation_config)
         self.global_kv = GlobalKV(vllm_config, f"{prefix}.global_kv", cache_prefix)
         with set_model_tag("cross_decoder"):  # vLLM keeps one folder of compiled code a tag
             self.cross_decoder = CrossDecoder(
@@ -118,6 +120,11 @@ class YocoUModel(nn.Module):
             lines.append(f"The cross-decoder runs on every prompt row: {reason}.")
         return lines
 
+    def is_discarded(self) -> bool:
+        """Whether vLLM only compiles or captures in this step, where one pass through the self-decoder does it all."""
+        warms_up = self.warmed_up_by_one_pass and get_forward_context().attn_metadata is None
+        return warms_up or self.capture.is_running()
+
     def embed_input_ids(self, input_ids_N: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(input_ids_N) * self.embedding_multiplier
 
@@ -131,8 +138,7 @@ class YocoUModel(nn.Module):
         if x_ND is None:
             assert input_ids_N is not None  # vLLM gives one of the two
             x_ND = self.embed_input_ids(input_ids_N)
-        warms_up = self.warmed_up_by_one_pass and get_forward_context().attn_metadata is None
-        for iteration in self.iterations[:1] if warms_up else self.iterations:
+        for iteration in self.iterations[:1] if self.is_discarded() else self.iterations:
             x_ND = self.self_decoder(positions_N, x_ND, iteration)
         written = self.global_kv(positions_N, x_ND)
         step = self.global_kv.cache.step_rows()
