@@ -13,7 +13,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
-pytest_plugins = ["harness.tiers", "harness.runners", "harness.figures"]
+pytest_plugins = ["harness.tiers", "harness.runners", "harness.figures", "harness.cuda"]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -25,7 +25,8 @@ import sys
 import traceback
 from collections import Counter
 from functools import cache
-from types import SimpleNamespace
+
+from harness import interpreter
 
 METRICS = ("yocou_self_decoder_rows", "yocou_cross_decoder_rows", "yocou_skipped_rows", "num_preemptions")
 DEFAULTS = dict(
@@ -60,25 +61,14 @@ def plain_output(output) -> dict:
     }
 
 
-def interpret_triton() -> None:
-    """Let vLLM find a CPU backend in Triton: its interpreter."""
-    from harness import interpreter
-
-    interpreter.install()
-    import triton.backends
-
-    driver = SimpleNamespace(is_active=lambda: True)
-    triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
-
-
 def attend_in_triton() -> None:
     """Give YOCO-U's caches CUDA's Triton attention; vLLM's CPU platform has only one answer."""
     import torch
     from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
-    import vllm_yocou.serving.caches
+    import vllm_yocou.serving.backend
 
-    vllm_yocou.serving.caches.get_attn_backend = lambda *args, **kwargs: TritonAttentionBackend
+    vllm_yocou.serving.backend.get_attn_backend = lambda *args, **kwargs: TritonAttentionBackend
     torch.cuda.get_device_capability = lambda *args: (9, 0)  # asked for by its cache writer, to choose a block
 
 
@@ -133,7 +123,7 @@ class RunnerEngines:
         self.settings = DEFAULTS | (TWO_RANKS if runner == "two-ranks" else {})
         # First: importing vLLM looks for Triton, once.
         if self.v2:
-            interpret_triton()
+            interpreter.install()
         if runner == "v2-triton":
             attend_in_triton()
         self.kernels = counted_kernels() if runner == "v2-triton" else Counter()

@@ -4,8 +4,17 @@ import os
 
 
 def install() -> None:
-    """Mend it for this process, before Triton is imported: Triton asks TRITON_INTERPRET only then."""
+    """Mend it for this process, before Triton is imported: Triton asks TRITON_INTERPRET only then.
+
+    vLLM, imported afterwards, finds in it the backend for CPUs that it looks for.
+    """
     os.environ["TRITON_INTERPRET"] = "1"
+    from types import SimpleNamespace
+
+    import triton.backends
+
+    driver = SimpleNamespace(is_active=lambda: True)
+    triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
     import numpy as np
     import triton.language as tl
     import triton.runtime.interpreter as interpreter

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from vllm_yocou.rows.selection import select_rows, why_all_rows
+from vllm_yocou.rows.hand_over import RequestTable
+from vllm_yocou.rows.selection import RowSelector, select_rows, why_all_rows
 
 
 def in_words(requests: list[dict]) -> tuple[list[int], list[int]]:
@@ -78,3 +80,19 @@ def settings(**changed) -> SimpleNamespace:
 def test_what_runs_all_rows(changed, reason):
     found = why_all_rows(settings(**changed))
     assert (found is None) if reason is None else (reason in found)
+
+
+@pytest.mark.parametrize("warms_up, begins", [([False, False], True), ([True, False], False), ([True, True], False)])
+@pytest.mark.parametrize("req_idx", [None, np.array([0, 1])])
+def test_a_prompt_of_somebodys_begins_a_request(warms_up, begins, req_idx):
+    """The first of two requests is in prefill; a third is padding."""
+    requests = RequestTable(4)
+    for index, made_up in enumerate(warms_up):
+        requests.add(index, None, 5, made_up)
+    selector = RowSelector(settings(), requests)
+    batch = SimpleNamespace(is_prefilling=torch.tensor([True, False]), req_idx=req_idx)
+    assert selector.begins_a_request(batch) == begins
+    batch.is_prefilling[0] = False
+    assert not selector.begins_a_request(batch)
+    batch.is_prefilling = None  # what vLLM builds to capture or to warm up may not say
+    assert not selector.begins_a_request(batch)

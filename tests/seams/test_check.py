@@ -128,9 +128,10 @@ def test_another_packing_rule_ends_that_start_in_a_sentence(sizes, tmp_path, mon
         yoco_u(tmp_path)
 
 
-def test_a_gpu_needs_no_seam_of_cpus(monkeypatch):
+@pytest.mark.parametrize("device, others", [("cpu", "cuda"), ("cuda", "cpu")])
+def test_a_device_needs_no_seam_of_the_other(device, others, monkeypatch):
     checked = []
     monkeypatch.setattr(check, "check", checked.extend)
-    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(current_platform, "device_type", device)
     check.check_all()
-    assert {seam for seam in SEAMS if seam.on_cpu} == set(SEAMS) - set(checked) != set()
+    assert {seam for seam in SEAMS if seam.only == others} == set(SEAMS) - set(checked) != set()

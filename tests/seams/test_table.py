@@ -106,7 +106,7 @@ def methods_over_vllms(module) -> set[str]:
 
 
 @pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.places[0])
-def test_a_seam_is_there(seam):
+def test_a_seam_is_there(seam, cuda):
     assert seam.missing() is None
 
 

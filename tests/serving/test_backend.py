@@ -6,20 +6,24 @@ import sys
 import numpy as np
 import pytest
 import torch
-from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
-from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
+from vllm.config import AttentionConfig, VllmConfig, set_current_vllm_config
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_yocou.rows.selection import SelectedRows
+from vllm_yocou.serving import backend as module
 from vllm_yocou.serving.backend import (
     LAYOUTS,
     packed_backend,
     reduce_metadata,
     row_selecting_backend,
-    served_backend,
     smallest_block,
 )
 
+HEADS_OF_64 = FullAttentionSpec(block_size=1, num_kv_heads=1, head_size=64, dtype=torch.float32)
 BLOCKS = {"CPU_ATTN": 32, "FLASH_ATTN": 16, "TRITON_ATTN": 16}
 
 
@@ -38,7 +42,7 @@ def test_registered_under_a_name_of_its_own(base):
 def test_blocks_are_outermost_and_as_small_as_the_kernels_take(base):
     for backend in (packed_backend(base), row_selecting_backend(base)):
         assert all(layout.is_block_outermost for layout in backend.supported_kv_cache_layouts())
-        assert smallest_block(backend) == BLOCKS[base.get_name()]
+        assert smallest_block(backend, HEADS_OF_64) == BLOCKS[base.get_name()]
 
 
 def test_only_the_global_cache_has_another_builder_and_its_graphs_hold_decodes(base):
@@ -79,20 +83,83 @@ def test_a_longest_query_of_one_means_one_query_a_request(selected, padding, lon
     assert reduced.num_reqs == whole.num_reqs and reduced.seq_lens is whole.seq_lens
 
 
-def test_another_backend_is_refused_if_chosen_and_replaced_if_not():
+class FlashInfer(AttentionBackend):
+    @staticmethod
+    def get_name() -> str:
+        return "FLASHINFER"
+
+
+@pytest.fixture
+def selected(monkeypatch):
+    """The name of the backend that is served where vLLM selects the first of `accepting`; by default, as here."""
+
+    def of(cache_dtype: str = "auto", accepting: tuple[str, ...] | None = None, **attention) -> type:
+        vllm_config = VllmConfig(attention_config=AttentionConfig(**attention))
+        vllm_config.cache_config.cache_dtype = cache_dtype
+
+        def select(head_size, dtype, cache_dtype, has_sliding_window):
+            asked = vllm_config.attention_config.backend
+            valid = accepting if asked is None else [name for name in accepting if name == asked.name]
+            if not valid:
+                raise ValueError(f"Selected backend {asked} is not valid")
+            # FlashInfer's own class needs its library; only its name is asked for.
+            return AttentionBackendEnum[valid[0]].get_class() if valid[0] != "FLASHINFER" else FlashInfer
+
+        if accepting is not None:
+            monkeypatch.setattr(module, "get_attn_backend", select)
+        with set_current_vllm_config(vllm_config):
+            chosen = module.served_backend(vllm_config, 64, windowed=True)
+        assert vllm_config.attention_config.backend == attention.get("backend")
+        return chosen.get_name()
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "accepting, taken",
+    [
+        (("FLASH_ATTN", "TRITON_ATTN"), "FLASH_ATTN"),
+        (("FLASHINFER", "FLASH_ATTN", "TRITON_ATTN"), "FLASH_ATTN"),  # Blackwell
+        (("FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION"), "TRITON_ATTN"),  # where FlashAttention does not accept
+        (("FLEX_ATTENTION", "TRITON_ATTN"), "TRITON_ATTN"),
+    ],
+)
+def test_vllms_next_backend_is_taken(accepting, taken, selected, cuda, monkeypatch):
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
+    monkeypatch.setattr(current_platform, "get_device_capability", lambda: DeviceCapability(10, 0))
+    assert selected(accepting=accepting) == taken
+
+
+def test_pages_of_a_fixed_size_are_passed_over(selected, monkeypatch):
+    """As FlashAttention 4's kernel for heads of 256 wants them: packing makes the global page a multiple."""
+    flash = AttentionBackendEnum.FLASH_ATTN.get_class()
+    monkeypatch.setattr(flash, "get_supported_kernel_block_sizes", lambda spec: [128] if spec.head_size == 64 else [])
+    assert selected(accepting=("FLASH_ATTN", "TRITON_ATTN")) == "TRITON_ATTN"
+    with pytest.raises(ValueError, match=r"FLASH_ATTN cannot be used with YOCO-U: .* pages of any multiple"):
+        selected(accepting=("FLASH_ATTN", "TRITON_ATTN"), backend=AttentionBackendEnum.FLASH_ATTN)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [dict(backend=AttentionBackendEnum.FLEX_ATTENTION), dict(backend_per_kind={"sliding_window": "FLEX_ATTENTION"})],
+)
+def test_another_backend_is_refused_if_chosen(chosen, selected):
     with pytest.raises(
         ValueError, match=r"FLEX_ATTENTION cannot be used with YOCO-U: .* CPU_ATTN, FLASH_ATTN, TRITON_ATTN"
     ):
-        served_backend(FlexAttentionBackend, chosen_by_user=True)
-    assert served_backend(FlexAttentionBackend, chosen_by_user=False).get_name() == "TRITON_ATTN"
+        selected(accepting=("FLEX_ATTENTION", "TRITON_ATTN"), **chosen)
 
 
 @pytest.mark.parametrize("cache_dtype", ["fp8_per_token_head", "int8_per_token_head"])
-def test_a_cache_dtype_that_the_kernels_do_not_read_is_refused(cache_dtype):
-    cpu = AttentionBackendEnum.CPU_ATTN.get_class()
-    with pytest.raises(ValueError, match=f"--kv-cache-dtype {cache_dtype} cannot be used .* CPU_ATTN: .* fp8_e5m2"):
-        served_backend(cpu, chosen_by_user=False, cache_dtype=cache_dtype)
-    assert served_backend(cpu, chosen_by_user=False, cache_dtype="fp8") is cpu
+def test_scales_of_each_token_are_refused(cache_dtype, selected):
+    with pytest.raises(ValueError, match=f"--kv-cache-dtype {cache_dtype} cannot be used with YOCO-U: .* use fp8"):
+        selected(cache_dtype)
+
+
+def test_a_cache_dtype_that_the_kernels_do_not_read_is_refused(selected):
+    with pytest.raises(ValueError, match=r"--kv-cache-dtype nvfp4 cannot be used .* CPU_ATTN: .* fp8_e5m2"):
+        selected("nvfp4", accepting=("CPU_ATTN",))
+    assert selected("fp8", accepting=("CPU_ATTN",)) == "CPU_ATTN"
 
 
 def test_other_models_see_none_of_it():

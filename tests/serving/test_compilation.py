@@ -1,5 +1,8 @@
 """One pass through the self-decoder and the cross-decoder are compiled once, whatever T is, and stay exact."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from harness import tiny, traced
@@ -7,8 +10,13 @@ from harness.checkout import needs_compiler
 from harness.engines import generate, model_runner
 from harness.oracle import Oracle, agrees
 from torch._dynamo.utils import counters
+from vllm.compilation import cuda_graph
 from vllm.compilation.counter import compilation_counter
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.forward_context import BatchDescriptor, set_forward_context
+from vllm.platforms import current_platform
 
+from vllm_yocou.serving.compilation import PieceCapture, prepare_cuda_graphs
 from vllm_yocou.serving.model import CrossDecoder, SelfDecoder
 
 pytestmark = needs_compiler
@@ -158,3 +166,59 @@ def test_pieces_that_replay_addresses(iterations, engine_process, tmp_path):
         assert batch.metrics["graph_replays"] > batch.metrics["graph_captures"] == 0
     oracle.check()
     assert batches[0].metrics["yocou_skipped_rows"] > 0
+
+
+@pytest.fixture
+def unrecorded(monkeypatch):
+    """What vLLM's wrapper of a piece captures and replays; nothing is recorded, since there is no GPU."""
+    log = []
+    graph = SimpleNamespace(replay=lambda: log.append("replay"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *args, **kwargs: nullcontext(log.append("capture")))
+    monkeypatch.setattr(cuda_graph, "capture_pool", lambda *args: nullcontext())
+    monkeypatch.setattr(cuda_graph, "current_stream", lambda: None)
+    monkeypatch.setattr(cuda_graph, "weak_ref_tensors", lambda tensors: tensors)
+    monkeypatch.setattr(type(current_platform), "get_global_graph_pool", lambda self: None)
+    return log
+
+
+def test_a_capture_is_told_from_a_replay(unrecorded):
+    """Three calls of a piece in every step, as T = 3 makes them, but one in the step that captures it."""
+    ours, others = VllmConfig(), VllmConfig()
+    elsewhere = cuda_graph.CUDAGraphWrapper(lambda x: x, others, CUDAGraphMode.PIECEWISE)
+    piece = cuda_graph.CUDAGraphWrapper(lambda x: x, ours, CUDAGraphMode.PIECEWISE)
+    capture = PieceCapture(ours.compilation_config)
+
+    def step(rows: int, mode: CUDAGraphMode) -> list[str]:
+        unrecorded.clear()
+        descriptor = BatchDescriptor(num_tokens=rows)
+        with set_forward_context(None, ours, cudagraph_runtime_mode=mode, batch_descriptor=descriptor):
+            for _ in range(1 if capture.is_running() else 3):
+                piece(torch.zeros(rows))
+        return list(unrecorded)
+
+    assert step(4, CUDAGraphMode.NONE) == []
+    assert step(4, CUDAGraphMode.FULL) == []
+    assert step(4, CUDAGraphMode.PIECEWISE) == ["capture"]
+    assert step(8, CUDAGraphMode.PIECEWISE) == ["capture"]
+    assert step(4, CUDAGraphMode.PIECEWISE) == ["replay"] * 3
+    cuda_graph.CUDAGraphWrapper.clear_all_graphs()  # as vLLM does between its profile and the real capture
+    assert step(4, CUDAGraphMode.PIECEWISE) == ["capture"]
+    assert not elsewhere.concrete_cudagraph_entries
+
+
+@pytest.mark.parametrize(
+    "given, pieces, expected",
+    [
+        (CUDAGraphMode.FULL, ["vllm::unified_attention_with_output"], CUDAGraphMode.FULL_AND_PIECEWISE),
+        (CUDAGraphMode.FULL, [], CUDAGraphMode.FULL),
+        (CUDAGraphMode.FULL_DECODE_ONLY, ["vllm::unified_attention_with_output"], CUDAGraphMode.FULL_DECODE_ONLY),
+        (CUDAGraphMode.NONE, ["vllm::unified_attention_with_output"], CUDAGraphMode.NONE),
+    ],
+)
+def test_full_graphs_are_of_decodes_and_the_rest_is_in_pieces(given, pieces, expected):
+    compilation = VllmConfig().compilation_config
+    compilation.cudagraph_mode, compilation.splitting_ops = given, list(pieces)
+    prepare_cuda_graphs(compilation)
+    assert compilation.cudagraph_mode == expected
+    assert compilation.cudagraph_copy_inputs == expected.has_piecewise_cudagraphs()

@@ -5,10 +5,11 @@ from harness import tiny
 from harness.checkout import needs_compiler
 from torch._inductor import config as inductor
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
 from vllm_yocou.rows import v1_runner
-from vllm_yocou.serving.engine_settings import CHUNK
+from vllm_yocou.serving.engine_settings import CHUNK_ON_CPU, CHUNK_ON_GPU, longest_chunk
 
 REFUSED = [
     (dict(pipeline_parallel_size=2), "Pipeline parallelism is not supported for this model"),
@@ -127,8 +128,8 @@ def test_vllms_default_chunk_is_lowered_and_announced(checkpoint, lines):
     for usage in (UsageContext.LLM_CLASS, UsageContext.OPENAI_API_SERVER):
         lines.clear()
         found = engine_args(checkpoint).create_engine_config(usage)
-        assert found.scheduler_config.max_num_batched_tokens == CHUNK == found.max_in_flight_tokens
-        assert f"max_num_batched_tokens is {CHUNK} for YOCO-U instead of vLLM's default" in "".join(lines)
+        assert found.scheduler_config.max_num_batched_tokens == CHUNK_ON_CPU == found.max_in_flight_tokens
+        assert f"max_num_batched_tokens is {CHUNK_ON_CPU} for YOCO-U instead of vLLM's default" in "".join(lines)
 
 
 @pytest.mark.parametrize("chunk", [512, 8191, 20000])
@@ -148,7 +149,13 @@ def test_a_chunk_that_must_be_large_stays(checkpoint):
     many = configured(checkpoint, max_num_seqs=1500)
     assert many.scheduler_config.max_num_batched_tokens == 1500
     whole = configured(checkpoint, enable_chunked_prefill=False, max_num_seqs=8)
-    assert whole.scheduler_config.max_num_batched_tokens > CHUNK
+    assert whole.scheduler_config.max_num_batched_tokens > CHUNK_ON_CPU
+
+
+@pytest.mark.parametrize("sequences, tokens", [(8, CHUNK_ON_GPU), (1024, CHUNK_ON_GPU), (5000, 10_000)])
+def test_a_gpu_takes_longer_chunks_of_which_decodes_leave_half(sequences, tokens, monkeypatch):
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    assert longest_chunk(sequences) == tokens
 
 
 def test_the_v1_runner_is_asked_who_wants_prompt_logprobs(checkpoint):

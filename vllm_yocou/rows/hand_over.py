@@ -28,30 +28,33 @@ class RequestTable:
         filled: whether a hook tells it of every request.
         wants_prompt: (requests,) bool, whether the request wants log probabilities of its prompt.
         prefill_length: (requests,) int64, tokens before the first that is sampled.
+        warms_up: (requests,) bool, whether vLLM made the request up, to warm up before the first user's.
     """
 
     def __init__(self, capacity: int):
         self.filled = False
         self.wants_prompt = np.zeros(capacity, dtype=bool)
         self.prefill_length = np.zeros(capacity, dtype=np.int64)
+        self.warms_up = np.zeros(capacity, dtype=bool)
 
     def fill(self) -> None:
         """Called by a runner's hook, which from now on tells the table of every request."""
         self.filled = True
 
-    def add(self, index: int, params: "SamplingParams | None", prefill_length: int) -> None:
+    def add(self, index: int, params: "SamplingParams | None", prefill_length: int, warms_up: bool = False) -> None:
         """A `prefill_length` of 0, where it is unknown, makes every row run."""
         self.wants_prompt[index] = params is not None and (
             params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
         )
         self.prefill_length[index] = prefill_length
+        self.warms_up[index] = warms_up
 
     def move(self, source: int, target: int) -> None:
-        for column in (self.wants_prompt, self.prefill_length):
+        for column in (self.wants_prompt, self.prefill_length, self.warms_up):
             column[target] = column[source]
 
     def swap(self, one: int, other: int) -> None:
-        for column in (self.wants_prompt, self.prefill_length):
+        for column in (self.wants_prompt, self.prefill_length, self.warms_up):
             column[[one, other]] = column[[other, one]]
 
 

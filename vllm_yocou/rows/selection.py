@@ -83,8 +83,7 @@ class RowSelector:
         if batch.max_query_len <= self.longest_decode or not (self.may_skip and self.requests.filled):
             return None
         assert batch.is_prefilling is not None and batch.seq_lens_cpu_upper_bound is not None  # both runners give them
-        # V2's batches name each request's index in its table, V1's batches are that table.
-        index = np.arange(len(batch.is_prefilling)) if batch.req_idx is None else batch.req_idx
+        index = self.table_index(batch)
         real = len(index)  # requests after them are padding
         selected = select_rows(
             batch.query_start_loc_cpu[: real + 1].numpy(),
@@ -95,6 +94,18 @@ class RowSelector:
             self.requests.prefill_length[index],
         )
         return None if len(selected.rows_M) == batch.query_start_loc_cpu[-1] else selected
+
+    def begins_a_request(self, batch: "CommonAttentionMetadata") -> bool:
+        """Whether this step computes a prompt of somebody's: none that vLLM runs for itself does, before or after."""
+        if batch.is_prefilling is None:
+            return False
+        index = self.table_index(batch)
+        return bool((batch.is_prefilling[: len(index)].numpy() & ~self.requests.warms_up[index]).any())
+
+    def table_index(self, batch: "CommonAttentionMetadata") -> np.ndarray:
+        """Where the batch's requests stand in the table; what the batch has after them is padding."""
+        # V2's batches name each request's index in its table, V1's batches are that table.
+        return np.arange(len(batch.is_prefilling)) if batch.req_idx is None else batch.req_idx  # type: ignore[arg-type]
 
 
 def why_all_rows(vllm_config: "VllmConfig") -> str | None:

@@ -10,6 +10,9 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_yocou.rows.hand_over import row_slots
 
+# How the identifiers of requests begin that vLLM makes up before the first user's; no user's begins with a line.
+WARM_UPS = ("_warmup_", "_v2_mixed_warmup")
+
 
 class YocoUModelState(DefaultModelState):
     def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device):
@@ -22,4 +25,5 @@ class YocoUModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         # With the tokens generated before a preemption, which the runner computes again as prefill.
         prefill = new_req_data.prefill_token_ids or ()
-        self.requests.add(req_index, new_req_data.sampling_params, len(prefill))
+        warms_up = new_req_data.req_id.startswith(WARM_UPS)
+        self.requests.add(req_index, new_req_data.sampling_params, len(prefill), warms_up)

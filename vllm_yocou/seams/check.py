@@ -74,7 +74,7 @@ def check_all() -> None:
 
     from vllm_yocou.seams.table import SEAMS
 
-    check(seam for seam in SEAMS if current_platform.is_cpu() or not seam.on_cpu)
+    check(seam for seam in SEAMS if seam.only in (None, current_platform.device_type))
     if not is_tested(vllm_version()):
         logger.warning(
             "vllm-yocou %s is tested with vLLM %s, and this is %s: everything that it relies on is there, but compare "

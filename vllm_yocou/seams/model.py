@@ -58,6 +58,12 @@ ATTENTION = (
         has="UNIFORM_BATCH",
         behaves=behaviour.order_of_levels,
     ),
+    Seam(
+        "vllm.v1.attention.backend:AttentionBackend.get_supported_kernel_block_sizes",
+        "a page is some multiple of what a layer's kernels take",
+        "serving/test_backend.py",
+        takes="kv_cache_spec",
+    ),
     Seam("vllm.v1.attention.backend:AttentionMetadata", "rows belong to the step's metadata", "rows/test_hand_over.py"),
     Seam("vllm.v1.attention.backend:MultipleOf", "a page is the smallest block", "serving/test_backend.py", has="base"),
     Seam(
@@ -86,6 +92,13 @@ ATTENTION = (
         "vLLM selects the backend that we build on",
         "serving/test_backend.py",
         takes="has_sliding_window",
+    ),
+    Seam(
+        "vllm.platforms.cuda:_get_backend_priorities",
+        "where vLLM would select another backend, its next one is taken",
+        "serving/test_backend.py",
+        takes="use_mla device_capability",
+        only="cuda",
     ),
     Seam(
         "vllm.model_executor.layers.attention:Attention",
@@ -343,7 +356,7 @@ MODEL = (
         "saved code is loaded again on a CPU",
         "test_workarounds.py",
         mentions="finalize_loading load_compiled_function",
-        on_cpu=True,
+        only="cpu",
     ),
     Seam(
         "vllm.compilation.decorators:_support_torch_compile",
@@ -394,6 +407,6 @@ MODEL = (
         "vLLM's CPU operators would move rows without an adapter",
         "test_workarounds.py",
         has="add_lora_linear token_lora_indices",
-        on_cpu=True,
+        only="cpu",
     ),
 )

@@ -26,7 +26,7 @@ class Seam:
         mentions: attributes, keywords or strings in its code; how vLLM is seen to read or set something of ours.
         behaves: a function of the object that is true while it behaves as the plugin expects.
         moved: the last version of vLLM in which the places after the first are needed.
-        on_cpu: whether only a CPU needs it.
+        only: the one device that needs it, "cpu" or "cuda"; by default every device.
     """
 
     place: str | tuple[str, ...]
@@ -37,7 +37,7 @@ class Seam:
     mentions: str = ""
     behaves: Callable[[Any], bool] | None = None
     moved: str | None = None
-    on_cpu: bool = False
+    only: str | None = None
 
     @property
     def places(self) -> tuple[str, ...]:

@@ -89,7 +89,12 @@ SETTINGS = (
         "serving/test_compilation.py",
         has="cudagraph_copy_inputs cudagraph_mode fast_moe_cold_start mode splitting_ops static_forward_context",
     ),
-    Seam("vllm.config:AttentionConfig", "a user's own backend is kept", "serving/test_backend.py", has="backend"),
+    Seam(
+        "vllm.config:AttentionConfig",
+        "a user's own backend is kept",
+        "serving/test_backend.py",
+        has="backend backend_per_kind",
+    ),
     Seam("vllm.config:LoadConfig", "dummy weights need no files", "serving/test_engine_settings.py", has="load_format"),
     Seam("vllm.config:SpeculativeConfig", "draft models are refused", "serving/test_engine_settings.py", has="method"),
     Seam(
@@ -102,7 +107,7 @@ SETTINGS = (
         "vllm.config:CUDAGraphMode",
         "reduced steps run outside of piecewise graphs",
         "serving/test_compilation.py",
-        has="NONE has_piecewise_cudagraphs",
+        has="FULL FULL_AND_PIECEWISE NONE PIECEWISE has_piecewise_cudagraphs",
     ),
     Seam(
         "vllm.config:get_current_vllm_config", "our kernels size their scratch by it", "serving/test_fused_attention.py"
@@ -131,15 +136,20 @@ SETTINGS = (
         "vllm.utils.cpu_resource_utils:get_memory_affinity",
         "engines on a CPU need a memory node each",
         "test_workarounds.py",
-        on_cpu=True,
+        only="cpu",
     ),
     Seam(
         "vllm.utils.cpu_resource_utils:get_visible_memory_node",
         "engines on a CPU need a memory node each",
         "test_workarounds.py",
-        on_cpu=True,
+        only="cpu",
     ),
-    Seam("vllm.platforms:current_platform", "CPUs have rules of their own", "test_workarounds.py", has="is_cpu"),
+    Seam(
+        "vllm.platforms:current_platform",
+        "devices have rules of their own",
+        "test_workarounds.py",
+        has="device_type get_device_capability is_cpu is_cuda",
+    ),
 )
 
 REQUESTS = (
@@ -204,6 +214,6 @@ REQUESTS = (
         "vllm.v1.core.sched.output:NewRequestData",
         "the V2 runner tells the row selection of its requests",
         "rows/test_skipping.py",
-        has="prefill_token_ids sampling_params",
+        has="prefill_token_ids req_id sampling_params",
     ),
 )

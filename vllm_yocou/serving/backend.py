@@ -5,13 +5,15 @@ it asks for, in which the packed caches of a block lie side by side, and, for th
 which leaves out the rows that the row selection leaves out.
 """
 
+from contextlib import suppress
 from functools import cache
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
-from vllm.config.cache import CacheDType
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -21,7 +23,8 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+from vllm.v1.attention.selector import get_attn_backend
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout, get_kv_quant_mode
 
 from vllm_yocou.rows.hand_over import StepRows, row_slots
 from vllm_yocou.rows.metrics import RowCounters
@@ -37,24 +40,63 @@ LAYOUTS = {
 }
 
 
-def served_backend(
-    selected: type[AttentionBackend], chosen_by_user: bool, cache_dtype: CacheDType = "auto"
-) -> type[AttentionBackend]:
-    """vLLM's selected backend, or Triton's if the plugin does not support it.
+def served_backend(vllm_config: VllmConfig, head_size: int, windowed: bool) -> type[AttentionBackend]:
+    """vLLM's backend for a cache, or the next in vLLM's own order that accepts it and that the plugin builds on.
+
+    Args:
+        windowed: whether the cache keeps a window only.
 
     Raises:
-        ValueError: if the user chose one that cannot, or if its kernels do not read caches of this dtype.
+        ValueError: if the user chose one that the plugin does not build on, or if no kernels read caches of this dtype.
     """
-    base = selected
-    if selected.get_name() not in LAYOUTS:
-        if chosen_by_user:
-            raise ValueError(
-                f"the attention backend {selected.get_name()} cannot be used with YOCO-U: the plugin packs KV caches "
-                f"for {', '.join(LAYOUTS)} only, choose one of these."
-            )
-        base = AttentionBackendEnum.TRITON_ATTN.get_class()
+    cache_dtype, attention = vllm_config.cache_config.cache_dtype, vllm_config.attention_config
+    if get_kv_quant_mode(cache_dtype).is_per_token_head:
+        raise ValueError(
+            f"--kv-cache-dtype {cache_dtype} cannot be used with YOCO-U: vLLM would write a scale for each token into "
+            "blocks that other caches share, use fp8 or auto."
+        )
+
+    def select() -> type[AttentionBackend]:
+        return get_attn_backend(head_size, torch.get_default_dtype(), cache_dtype, has_sliding_window=windowed)
+
+    # The layer's own heads: asked without a spec, vLLM answers for those of the model's `head_dim`.
+    spec = FullAttentionSpec(
+        block_size=1,
+        num_kv_heads=1,
+        head_size=head_size,
+        dtype=torch.get_default_dtype(),
+        kv_quant_mode=get_kv_quant_mode(cache_dtype),
+    )
+    base = select()
+    if not is_built_on(base, spec) and (attention.backend is not None or attention.backend_per_kind):
+        raise ValueError(
+            f"the attention backend {base.get_name()} cannot be used with YOCO-U: the plugin packs KV caches for "
+            f"{', '.join(LAYOUTS)}, whose kernels take pages of any multiple, choose one of these."
+        )
+    for candidate in [] if is_built_on(base, spec) else in_vllms_order():
+        with patch.object(attention, "backend", candidate), suppress(ValueError):  # which names why it does not accept
+            if is_built_on(accepted := select(), spec):
+                base = accepted
+                break
     check_cache_dtype(base, cache_dtype)
     return base
+
+
+def is_built_on(backend: type[AttentionBackend], spec: AttentionSpec) -> bool:
+    """Whether the plugin builds on it: packing makes the global page some multiple of the window page."""
+    sizes = backend.get_supported_kernel_block_sizes(spec) if backend.get_name() in LAYOUTS else []
+    return any(isinstance(size, MultipleOf) for size in sizes)
+
+
+def in_vllms_order() -> list[AttentionBackendEnum]:
+    """The backends that the plugin builds on, the one first that vLLM would choose first on this device."""
+    if not current_platform.is_cuda():
+        return [AttentionBackendEnum[name] for name in LAYOUTS]
+    from vllm.platforms.cuda import _get_backend_priorities  # not before: it asks for a driver
+
+    capability = current_platform.get_device_capability()
+    ranked = _get_backend_priorities(use_mla=False, device_capability=capability)
+    return [backend for backend in ranked if backend.name in LAYOUTS]
 
 
 @cache
@@ -122,9 +164,9 @@ def _name_class(made: type, name: str) -> type:
     return made
 
 
-def smallest_block(backend: type[AttentionBackend]) -> int:
-    """Tokens of the smallest KV block that the backend's kernels take."""
-    sizes = backend.get_supported_kernel_block_sizes()
+def smallest_block(backend: type[AttentionBackend], spec: AttentionSpec) -> int:
+    """Tokens of the smallest KV block that the backend's kernels take for a cache."""
+    sizes = backend.get_supported_kernel_block_sizes(spec)
     return min(size.base if isinstance(size, MultipleOf) else size for size in sizes)
 
 
@@ -139,6 +181,7 @@ class RowSelecting:
         (self.slots,) = row_slots(vllm_config)
         self.selector = RowSelector(vllm_config, self.slots.requests)
         self.counters = RowCounters(vllm_config) if get_tensor_model_parallel_rank() == 0 else None
+        self.serving = False  # from the first request on; steps before it warm up
         self.capturing = False
 
     @classmethod
@@ -157,7 +200,9 @@ class RowSelecting:
         metadata = super().build(common_prefix_len, reduced, fast_build)  # type: ignore[misc]  # a builder's
         self.slots.put(metadata, None if selected is None else self.on_device(selected))
         if self.counters is not None and not self.capturing:
-            self.counters.count(rows, rows if selected is None else len(selected.rows_M))
+            self.serving = self.serving or self.selector.begins_a_request(batch)
+            if self.serving:
+                self.counters.count(rows, rows if selected is None else len(selected.rows_M))
         return metadata
 
     def on_device(self, selected: SelectedRows) -> StepRows:

@@ -14,7 +14,6 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import unified_attention_with_output, unified_kv_cache_update
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
 from vllm.v1.attention.backend import AttentionBackend
-from vllm.v1.attention.selector import get_attn_backend
 from vllm.v1.kv_cache_interface import AttentionSpec, get_kv_quant_mode
 
 from vllm_yocou.options import Options
@@ -38,10 +37,7 @@ class Cache(Attention):
         **kwargs: Any,
     ):
         cache_config = vllm_config.cache_config
-        selected = get_attn_backend(
-            head_size, torch.get_default_dtype(), cache_config.cache_dtype, has_sliding_window=window is not None
-        )
-        base = served_backend(selected, vllm_config.attention_config.backend is not None, cache_config.cache_dtype)
+        base = served_backend(vllm_config, head_size, windowed=window is not None)
         kernels = Options.of(vllm_config.additional_config).kernels
         super().__init__(
             num_heads,
@@ -175,7 +171,7 @@ def packing_of(vllm_config: VllmConfig) -> Packing:
     (global_cache,) = (layer for layer in layers if isinstance(layer, GlobalCache))
     return Packing.choose(
         window_caches=len(windows),
-        block=smallest_block(global_cache.attn_backend),
+        block=smallest_block(global_cache.attn_backend, global_cache.spec(block_size=1)),
         window_bytes=windows[0].token_bytes,
         global_bytes=global_cache.token_bytes,
         max_global_block=Options.of(vllm_config.additional_config).max_global_block,

@@ -30,6 +30,10 @@ def prepare_cuda_graphs(compilation_config: CompilationConfig) -> None:
     captures and as much memory. The window attention, which reads the iteration on the host, runs between the pieces
     of a piecewise graph; a full graph of decodes captures all T calls with their attention, one after the other.
     """
+    # vLLM turns FULL into this itself once it hears that our builder's graphs hold decodes alone. By then it has
+    # compiled the units without pieces, and mixed batches would run without graphs.
+    if compilation_config.cudagraph_mode == CUDAGraphMode.FULL and compilation_config.splitting_ops:
+        compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
     # Without pieces nothing replays a unit, and copies would be in the way of vLLM's ahead-of-time cache.
     compilation_config.cudagraph_copy_inputs = compilation_config.cudagraph_mode.has_piecewise_cudagraphs()
     # vLLM has chosen its splitting_ops by now; where it splits nowhere, nothing is captured in pieces.

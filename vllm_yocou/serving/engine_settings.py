@@ -26,8 +26,10 @@ SPECULATIVE_METHODS = ("ngram",)
 
 # A window cache holds every token in flight, so tokens a step are memory a request: with T·S = 36 caches of 512 tokens
 # and 32k tokens of context, 49 MiB in decode become 87 at 1024, 339 at 8192, and 1185 (as much as without windows) at
-# 16384 with two steps in flight. Chunks of 1024 prefill as fast as longer ones (benchmarks/).
-CHUNK = 1024
+# 16384 with two steps in flight. On a CPU, chunks of 1024 prefill as fast as longer ones; on an H100, chunks of 8192
+# prefill 3.4 times as fast as those of 1024, and longer ones no faster (benchmarks/).
+CHUNK_ON_CPU = 1024
+CHUNK_ON_GPU = 8192
 
 logger = logging.getLogger("vllm.plugins.yocou")
 
@@ -199,8 +201,7 @@ def choose_chunk(vllm_config: "VllmConfig") -> None:
     chosen. That is announced, together with the option that keeps it.
     """
     scheduler = vllm_config.scheduler_config
-    chosen = scheduler.max_num_batched_tokens
-    lowered = max(CHUNK, scheduler.max_num_seqs)
+    chosen, lowered = scheduler.max_num_batched_tokens, longest_chunk(scheduler.max_num_seqs)
     keep = not Options.of(vllm_config.additional_config).lower_chunk
     if keep or not scheduler.enable_chunked_prefill or chosen <= lowered or chosen not in _default_chunks(vllm_config):
         return
@@ -211,6 +212,13 @@ def choose_chunk(vllm_config: "VllmConfig") -> None:
         lowered,
         chosen,
     )
+
+
+def longest_chunk(sequences: int) -> int:
+    """Tokens a step that are enough for the device, and of which decodes of all `sequences` leave half to prompts."""
+    from vllm.platforms import current_platform
+
+    return max(CHUNK_ON_CPU, sequences) if current_platform.is_cpu() else max(CHUNK_ON_GPU, 2 * sequences)
 
 
 def _default_chunks(vllm_config: "VllmConfig") -> set[int]:
