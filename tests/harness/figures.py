@@ -13,9 +13,9 @@ PROPERTY = "exactness"
 
 class Figure(NamedTuple):
     test: str
-    difference: float  # largest |Δlogprob|
+    difference: float  # largest |Δlogprob|; of a type of 16 bits its root mean square
     compared: int  # values
-    rounding: float  # the reference's own, between float32 and float64
+    rounding: float  # the reference's own, from float64; of a type of 16 bits from float32
 
     def __str__(self) -> str:
         return (
@@ -52,6 +52,6 @@ def pytest_runtest_logreport(report):
 
 def pytest_terminal_summary(terminalreporter):
     if reported:
-        terminalreporter.section("served model against the reference, float32")
+        terminalreporter.section("served model against the reference; test_half_precision: root mean squares")
         for figure in sorted(reported):
             terminalreporter.write_line(str(figure))
