@@ -13,7 +13,9 @@ FLOORS = (
     {"config"},
     {"reference"},
     {"checkpoints"},
-    {"serving", "cli"},
+    {"serving"},
+    {"self_check"},
+    {"cli"},
     {"registration"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -10,8 +10,10 @@ from harness.checkout import ROOT
 from vllm.version import __version_tuple__
 
 from vllm_yocou.seams.seam import Seam
-from vllm_yocou.seams.table import SEAMS
+from vllm_yocou.seams.table import SEAMS as OF_SERVING
+from vllm_yocou.seams.table import SELF_CHECK
 
+SEAMS = OF_SERVING + SELF_CHECK
 PACKAGE = ROOT / "vllm_yocou"
 FILES = [file for file in PACKAGE.rglob("*.py") if file.parent.name != "seams"]
 # Modules with classes that extend vLLM's. The mixins of serving.backend and serving.fused_attention have no base of

@@ -36,6 +36,15 @@ class WeightType(StrEnum):
     float32 = "float32"
 
 
+class ServedType(StrEnum):
+    """Data types of a served model."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
 def size(text: str | int) -> int:
     """A whole number, by itself or with k, m or g for powers of 1024: 256k, 40g, 40GiB."""
     found = re.fullmatch(r"(\d+)([kmg]?)(?:i?b)?", str(text).strip().lower())
@@ -83,6 +92,19 @@ UnsaidContext = Annotated[
 TensorsOnly = Annotated[bool, typer.Option("--dry-run", help="Print what would become of every tensor.")]
 
 Example = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write, which must not be there yet.")]
+
+Checked = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL", help="Checkpoint to check, as a folder or a name on the hub; without it three tiny models."
+    ),
+]
+ServedIn = Annotated[
+    ServedType, typer.Option(help="vLLM's; for the tiny models on a CPU auto is float32.", show_default=True)
+]
+AttentionBackend = Annotated[str | None, typer.Option(metavar="NAME", help="vLLM's.")]
+ServedRanks = Annotated[int, typer.Option(min=1, help="vLLM's.")]
+Eager = Annotated[bool, typer.Option("--enforce-eager", help="vLLM's.")]
 
 Iterations = Annotated[int, typer.Option(min=1, help="T, how often the self-decoder runs.")]
 SelfLayers = Annotated[

@@ -4,10 +4,13 @@ Importing this module imports neither torch nor transformers, which take seconds
 """
 
 import json
+import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -16,7 +19,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from vllm_yocou.cli import arguments, environment, sizing
-from vllm_yocou.cli.arguments import LARGEST_SHARD, CacheType
+from vllm_yocou.cli.arguments import LARGEST_SHARD, CacheType, ServedType
 from vllm_yocou.cli.config_file import read_architecture
 
 if TYPE_CHECKING:
@@ -218,6 +221,54 @@ def example(folder: arguments.Example) -> None:
     written = "a copy of the trained model examples/yoco-u-kjv" if write_example(folder) else nonsense
     on_cpu = "--dtype float32 --kv-cache-memory-bytes 256M"
     print(f"{folder}: {written}; serve it with: vllm serve {shlex.quote(str(folder))} (on a CPU add {on_cpu})")
+
+
+@app.command()
+def check(
+    model: arguments.Checked = None,
+    dtype: arguments.ServedIn = ServedType.auto,
+    attention_backend: arguments.AttentionBackend = None,
+    tensor_parallel_size: arguments.ServedRanks = 1,
+    enforce_eager: arguments.Eager = False,
+    as_json: arguments.AsJson = False,
+) -> None:
+    """Serve tiny models, or a checkpoint, and compare with the reference model: is this machine exact?"""
+    machine, checkpoint = environment.describe(), None
+    if model is not None:
+        architecture = read_architecture(model)
+        architecture.check_ranks(tensor_parallel_size)
+        checkpoint = (model, sizing.stored_parameters(architecture))
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine is in this process, where it can be looked at
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    with _output_to_stderr() as out:
+        from vllm_yocou.self_check.check import check as check_served
+        from vllm_yocou.self_check.engine import Settings
+
+        def say(line: str) -> None:
+            if not as_json:
+                print(line, file=out, flush=True)
+
+        settings = Settings(dtype.value, attention_backend, tensor_parallel_size, enforce_eager)
+        report = check_served(machine, settings, checkpoint, say)
+        print(json.dumps(report.as_json(), indent=2) if as_json else report.verdict(), file=out, flush=True)
+    if not report.is_exact:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _output_to_stderr() -> Iterator[IO[str]]:
+    """Standard output for the command alone: what vLLM, its workers and compilers print goes where errors go."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(os.dup(kept), "w") as out:
+            yield out
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _write(plan: "Plan", shard_size: int) -> None:

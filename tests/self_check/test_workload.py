@@ -1,0 +1,41 @@
+"""The requests provoke what their cases are named for."""
+
+import pytest
+from harness import tiny
+
+from vllm_yocou.self_check import workload
+
+
+@pytest.mark.parametrize("cfg", tiny.CONFIGS.values(), ids=tiny.CONFIGS)
+@pytest.mark.parametrize("block", [16, 32])
+def test_the_pool_holds_what_must_run_and_not_all_that_grow(cfg, block):
+    context = 1024
+    packing = workload.expected_packing(cfg, 4, 1, block)
+    blocks = workload.pool_blocks(packing, cfg, context) - 1
+    cases, left_out = workload.cases(cfg, context, packing.global_block)
+    by_name = {case.name: case for case in cases}
+    assert left_out == {} and set(by_name) == {workload.BESIDE, workload.CHUNKED, workload.HIT, workload.PREEMPTED}
+
+    def held(request: workload.Request, in_flight: int = 1) -> int:
+        return packing.blocks(len(request.prompt) + request.tokens, cfg.sliding_window, in_flight)
+
+    beside = by_name[workload.BESIDE].batches[0]
+    assert sum(held(request, workload.CHUNK) for request in beside) <= blocks
+    assert {request.scored for request in beside} == {True, False}
+    assert packing.blocks(context, cfg.sliding_window, workload.IN_FLIGHT) <= blocks
+    growing = by_name[workload.PREEMPTED].batches[0]
+    assert sum(map(held, growing)) > blocks
+    for request in growing:
+        assert len(request.prompt) < packing.global_block < len(request.prompt) + request.tokens
+    (first,), (again, scored) = by_name[workload.HIT].batches
+    assert first.prompt == again.prompt == scored.prompt and len(first.prompt) > packing.global_block
+    assert len(by_name[workload.CHUNKED].batches[0][0].prompt) > workload.CHUNK
+
+
+def test_a_short_context_leaves_out_what_needs_a_second_block():
+    cases, left_out = workload.cases(tiny.config(), 200, 192)
+    assert {case.name for case in cases} == {workload.BESIDE, workload.CHUNKED}
+    assert set(left_out) == {workload.HIT, workload.PREEMPTED}
+    for case in cases:
+        for request in case.batches[0]:
+            assert len(request.prompt) + request.tokens <= 200

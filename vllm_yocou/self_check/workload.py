@@ -1,0 +1,94 @@
+"""Requests and a pool of KV blocks so small that chunks, prefix hits and preemptions must happen."""
+
+import random
+from dataclasses import dataclass
+
+from vllm_yocou.config import YocoUConfig
+from vllm_yocou.options import Options
+from vllm_yocou.serving.packing import Packing
+
+CHUNK = 64  # tokens of a step
+SEQUENCES = 16  # at a time
+COMPLETION = 8
+IN_FLIGHT = 2 * CHUNK  # vLLM may schedule a step while another one is computed
+GROWTH = 24  # tokens that each request of a preemption decodes
+BEFORE_A_BLOCK = 8  # tokens that it still has to decode until its global block is full
+
+BESIDE = "prompt logprobs beside skipping requests"
+CHUNKED = "a chunked prompt"
+HIT = "a prefix hit"
+PREEMPTED = "a preemption"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, how many tokens to decode greedily, and whether the prompt's log probabilities are wanted."""
+
+    prompt: list[int]
+    tokens: int = COMPLETION
+    scored: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """Batches of requests, one after the other."""
+
+    name: str
+    batches: list[list[Request]]
+
+    @property
+    def rows_to_skip(self) -> int:
+        """Prompt rows whose logits nobody reads; nothing is cached before the case."""
+        requests = [request for batch in self.batches for request in batch]
+        return sum(len(request.prompt) - 1 for request in requests if not request.scored)
+
+
+def expected_packing(config: YocoUConfig, element_bytes: int, ranks: int, block: int) -> Packing:
+    """How the model's caches will share blocks, for attention kernels whose smallest block has `block` tokens."""
+    heads, cross_heads = (
+        max(1, count // ranks) for count in (config.num_key_value_heads, config.cross_num_key_value_heads)
+    )
+    return Packing.choose(
+        window_caches=config.num_iterations * config.num_self_decoder_layers,
+        block=block,
+        window_bytes=2 * heads * config.head_dim * element_bytes,
+        global_bytes=2 * cross_heads * config.cross_head_dim * element_bytes,
+        max_global_block=Options().max_global_block,
+    )
+
+
+def pool_blocks(packing: Packing, config: YocoUConfig, context: int) -> int:
+    """A block that vLLM keeps empty, and what the longest request, four of the preempted or all of BESIDE may take."""
+    window = config.sliding_window
+    four = 4 * packing.blocks(packing.global_block, window, CHUNK)
+    beside = sum(packing.blocks(length + COMPLETION, window, CHUNK) for length in lengths_beside(window))
+    return 1 + max(packing.blocks(context, window, IN_FLIGHT), four, beside)
+
+
+def lengths_beside(window: int) -> list[int]:
+    """Prompt lengths of BESIDE: the shortest, and those around a window and a step."""
+    window = min(window, 2 * CHUNK)
+    return [1, 2, window, window + 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5]
+
+
+def cases(config: YocoUConfig, context: int, global_block: int) -> tuple[list[Case], dict[str, str]]:
+    """What is asked of a model, and which cases its `context` is too short for: name -> reason."""
+    draw = random.Random(0)
+    longest = context - COMPLETION
+
+    def prompt(length: int) -> list[int]:
+        return [draw.randrange(config.vocab_size) for _ in range(max(1, min(length, longest)))]
+
+    lengths = enumerate(lengths_beside(config.sliding_window))
+    made = [
+        Case(BESIDE, [[Request(prompt(length), scored=number % 3 == 1) for number, length in lengths]]),
+        Case(CHUNKED, [[Request(prompt(3 * CHUNK + 5))]]),
+    ]
+    if global_block + COMPLETION + GROWTH > context:
+        reason = f"a context of {context} tokens is too short for a second global block of {global_block}"
+        return made, {HIT: reason, PREEMPTED: reason}
+    shared = Request(prompt(global_block + 9))
+    made.append(Case(HIT, [[shared], [shared, Request(shared.prompt, scored=True)]]))
+    almost = global_block - BEFORE_A_BLOCK
+    growing = [Request(prompt(almost - number % 4), GROWTH) for number in range(SEQUENCES)]
+    return [*made, Case(PREEMPTED, [growing])], {}
