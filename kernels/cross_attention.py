@@ -13,19 +13,24 @@ import triton.language as tl
 from vllm_yocou.kernels.arguments import Batch, check_cache, check_queries
 from vllm_yocou.kernels.requests import request_of_row
 
-TILE = 64  # keys at a time
+TILE = 64  # keys at a time, of heads of up to 512 bytes; of wider ones half as many fit into a GPU's shared memory
 SPLIT, MOST_SPLITS = 512, 64  # keys to a split, at least, of the longest context
+# Of what splits hand over. More rows take turns, since a row with fewer splits would have other bits in other batches.
+SCRATCH_BYTES = 64 << 20
 
 
 def scratch(M: int, H: int, d: int, longest: int, device: torch.device | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """What splits hand to the reduction: results (M, H, X, d) and the logarithms of their masses (M, H, X), float32.
+    """What splits hand to the reduction: results (m, H, X, d) and the logarithms of their masses (m, H, X), float32.
+
+    m is M, or as many rows as SCRATCH_BYTES hold.
 
     Args:
         longest: tokens of the longest context that there may be, which decides the number of splits.
     """
     splits = max(1, min(MOST_SPLITS, longest // SPLIT))
-    partial_MHXd = torch.empty((M, H, splits, d), dtype=torch.float32, device=device)
-    return partial_MHXd, torch.empty((M, H, splits), dtype=torch.float32, device=device)
+    rows = min(M, max(1, SCRATCH_BYTES // (4 * H * splits * d)))
+    partial_MHXd = torch.empty((rows, H, splits, d), dtype=torch.float32, device=device)
+    return partial_MHXd, torch.empty((rows, H, splits), dtype=torch.float32, device=device)
 
 
 def cross_attention(
@@ -58,39 +63,49 @@ def cross_attention(
     if M == 0:
         return out_MHd
     partial_MHXd, logsumexp_MHX = scratch(M, H, d, batch.block_table_RX.shape[1] * S, q_MHd.device)
-    splits = partial_MHXd.shape[2]
+    at_a_time, _, splits, _ = partial_MHXd.shape
     G, BLOCK_D = H // K, max(16, triton.next_power_of_2(d))
-    _attend_to_a_split[(M, K, splits)](
-        q_MHd,
-        k_cache_BSKd,
-        v_cache_BSKd,
-        batch.block_table_RX,
-        batch.starts_R1,
-        batch.lengths_R,
-        R,
-        partial_MHXd,
-        logsumexp_MHX,
-        scale * k_scale,
-        v_scale,
-        *q_MHd.stride()[:2],
-        *k_cache_BSKd.stride()[:3],
-        *v_cache_BSKd.stride()[:3],
-        batch.block_table_RX.stride(0),
-        S=S,
-        G=G,
-        D=d,
-        BLOCK_G=max(16, triton.next_power_of_2(G)),
-        BLOCK_D=BLOCK_D,
-        TILE=TILE,
-        PRECISION="ieee" if q_MHd.dtype == torch.float32 else "tf32",
-    )
-    _reduce[(M, H)](
-        partial_MHXd, logsumexp_MHX, out_MHd, H, splits, D=d, BLOCK_D=BLOCK_D, BLOCK_X=triton.next_power_of_2(splits)
-    )
+    for first in range(0, M, at_a_time):
+        rows = min(at_a_time, M - first)
+        _attend_to_a_split[(rows, K, splits)](
+            q_MHd,
+            k_cache_BSKd,
+            v_cache_BSKd,
+            batch.block_table_RX,
+            batch.starts_R1,
+            batch.lengths_R,
+            R,
+            first,
+            partial_MHXd,
+            logsumexp_MHX,
+            scale * k_scale,
+            v_scale,
+            *q_MHd.stride()[:2],
+            *k_cache_BSKd.stride()[:3],
+            *v_cache_BSKd.stride()[:3],
+            batch.block_table_RX.stride(0),
+            S=S,
+            G=G,
+            D=d,
+            BLOCK_G=max(16, triton.next_power_of_2(G)),
+            BLOCK_D=BLOCK_D,
+            TILE=TILE if d * q_MHd.itemsize <= 512 else TILE // 2,
+            PRECISION="ieee" if q_MHd.dtype == torch.float32 else "tf32",
+        )
+        _reduce[(rows, H)](
+            partial_MHXd,
+            logsumexp_MHX,
+            out_MHd[first:],
+            H,
+            splits,
+            D=d,
+            BLOCK_D=BLOCK_D,
+            BLOCK_X=triton.next_power_of_2(splits),
+        )
     return out_MHd
 
 
-@triton.jit(do_not_specialize=["requests"])
+@triton.jit(do_not_specialize=["requests", "first_row"])
 def _attend_to_a_split(
     q,
     k_cache,
@@ -99,6 +114,7 @@ def _attend_to_a_split(
     starts,
     lengths,
     requests,
+    first_row,
     partial,
     logsumexp,
     scale,
@@ -120,7 +136,8 @@ def _attend_to_a_split(
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    m, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    kv_head, split = tl.program_id(1), tl.program_id(2)
+    m = first_row + tl.program_id(0).to(tl.int64)
     splits, heads = tl.num_programs(2), tl.num_programs(1) * G
     request = request_of_row(m, starts, requests)
     end = tl.load(starts + request + 1)
@@ -159,7 +176,7 @@ def _attend_to_a_split(
         highest = now
     some = total > 0
     sum_GD = tl.where(some[:, None], sum_GD / tl.where(some, total, 1.0)[:, None], 0.0) * v_scale
-    at = (m * heads + head) * splits + split
+    at = (tl.program_id(0).to(tl.int64) * heads + head) * splits + split
     # A split without keys, of a short context where a long one would have room, moves its mass alone.
     tl.store(partial + at[:, None] * D + i[None, :], sum_GD, mask=(g[:, None] < G) & (i[None, :] < D) & (first < last))
     tl.store(logsumexp + at, tl.where(some, highest + tl.log(tl.where(some, total, 1.0)), float("-inf")), mask=g < G)

@@ -68,7 +68,8 @@ def window_step(
     if N == 0:
         return out_NHd
     BLOCK_G = triton.next_power_of_2(H // K)
-    rows = max(1, (DECODE_QUERIES if longest * BLOCK_G <= DECODE_QUERIES else CHUNK_QUERIES) // BLOCK_G)
+    decodes = longest * BLOCK_G <= DECODE_QUERIES
+    rows = max(1, (DECODE_QUERIES if decodes else CHUNK_QUERIES) // BLOCK_G)
     _window_step[(N // rows + R, K)](
         q_NHd,
         k_NKd,
@@ -103,6 +104,8 @@ def window_step(
         NORM=q_norm_d is not None,
         ROPE=rotation.kind,
         PRECISION="ieee" if q_NHd.dtype == torch.float32 else "tf32",
+        # Two stages, which hold a tile that waits for its turn, do not fit into the 99 KiB of many GPUs.
+        num_stages=2 if decodes and d * k_NKd.itemsize <= 512 else 1,
     )
     return out_NHd
 

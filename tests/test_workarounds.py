@@ -15,8 +15,10 @@ from vllm.compilation.decorators import _try_load_aot_compiled_fn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
 from vllm.utils import cpu_resource_utils
 from vllm.v1 import kv_cache_spec_registry
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
@@ -132,6 +134,14 @@ def test_warn_of_seed():
     """vLLM asks logits processors about a request's parameters, and takes none under speculative decoding."""
     takes_none = "speculative" in inspect.getsource(build_logitsprocs)
     assert takes_none == faulty("warn_of_seed")
+
+
+def test_refuse_int8_in_float32(monkeypatch):
+    """vLLM asks for the sizes of a matrix alone, and the kernel that it then takes asks for the dtype of its input."""
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
+    takes_tiles = "check_cpu_sgl_kernel(N, K, dtype)" in inspect.getsource(CPUInt8ScaledMMLinearKernel)
+    assert takes_tiles == faulty("refuse_int8_in_float32")
+    assert check_cpu_sgl_kernel(16, 32, torch.int8) and not check_cpu_sgl_kernel(16, 88, torch.int8)
 
 
 def test_refuse_engines_without_memory_node(monkeypatch):

@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -32,6 +32,7 @@ FAULTY_IN = {
     "check_cache_dtype": ("0.32",),
     "widen_decode_scratch": ("0.32", "0.33"),
     "refuse_expert_parallel": ("0.32", "0.33"),
+    "refuse_int8_in_float32": ("0.32", "0.33"),
     "refuse_engines_without_memory_node": ("0.33",),
     "fill_spec_registry": ("0.32", "0.33"),
     "as_float_factor": ("0.32", "0.33"),
@@ -164,6 +165,34 @@ def refuse_expert_parallel(vllm_config: "VllmConfig") -> None:
         raise ValueError(
             "--enable-expert-parallel cannot be used on a CPU: vLLM's CPU kernels do not pass over tokens of other "
             "ranks' experts, leave the flag out."
+        )
+
+
+def refuse_int8_in_float32(vllm_config: "VllmConfig", shapes: Iterable[tuple[int, ...]]) -> None:
+    """Refuse int8 activations in float32 on a processor with AMX, before they end the engine in its first step.
+
+    vLLM takes its AMX kernel for every matrix whose sizes tiles divide, and that kernel knows half precision alone.
+
+    Args:
+        shapes: (out, in) of the matrices.
+
+    Raises:
+        ValueError: the kernel would be given float32.
+    """
+    import torch
+    from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
+    from vllm.platforms import current_platform
+
+    model_config = vllm_config.model_config
+    groups = (getattr(model_config.hf_config, "quantization_config", None) or {}).get("config_groups", {}).values()
+    activations = [group.get("input_activations") or {} for group in groups]
+    int8 = any(it.get("type") == "int" and it.get("num_bits") == 8 for it in activations)
+    if not int8 or model_config.dtype != torch.float32 or not current_platform.is_cpu():
+        return
+    if any(check_cpu_sgl_kernel(*shape, torch.int8) for shape in shapes):
+        raise ValueError(
+            "--dtype float32 cannot be used with a W8A8 checkpoint on a processor with AMX: vLLM's kernel for it takes "
+            "half precision alone, use --dtype bfloat16."
         )
 
 

@@ -1,5 +1,6 @@
 """Rows of several requests against paged keys, at odd lengths and the edges of blocks, tiles and splits."""
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -47,6 +48,16 @@ def test_one_split_and_as_many_as_there_are(longest):
     """Most of many splits have no keys."""
     assert scratch(1, 1, 1, longest, None)[0].shape[2] == min(MOST_SPLITS, max(1, longest // SPLIT))
     compare(4, 2, 64, [1, 255, 130], longest=longest)
+
+
+def test_rows_take_turns_where_their_scratch_would_be_large(monkeypatch):
+    """The same bits as at once, in turns of two rows of five."""
+    module = importlib.import_module("vllm_yocou.kernels.cross_attention")
+    contexts = [1, 700, (30, 3)]
+    at_once = compare(4, 2, 64, contexts)
+    monkeypatch.setattr(module, "SCRATCH_BYTES", 2 * 4 * 4 * 4 * 64)
+    assert len(scratch(5, 4, 64, 2048, None)[0]) == 2
+    assert torch.equal(compare(4, 2, 64, contexts), at_once)
 
 
 def test_what_no_program_wrote_is_seen():

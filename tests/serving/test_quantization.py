@@ -8,8 +8,10 @@ import torch
 from harness import processor, tiny
 from harness.checkout import needs_compiler
 from harness.engines import generate
+from harness.half_precision import HalfPrecision
 from harness.quantized import FORMATS, matrices
 from safetensors.torch import load_file
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
@@ -61,6 +63,27 @@ def test_int8_is_left_to_one_kernel_on_every_processor(width, by_tiles, monkeypa
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
     shapes = [linear.weight.shape for linear in matrices(tiny.model(tiny.config(hidden_size=width))).values()]
     assert any(check_cpu_sgl_kernel(*shape, torch.int8) for shape in shapes) == by_tiles
+
+
+@pytest.mark.parametrize(
+    "width, dtype, refused", [(96, "float32", True), (96, "bfloat16", False), (88, "float32", False)]
+)
+def test_int8_in_float32_is_refused_where_amx_would_take_it(width, dtype, refused, tmp_path, monkeypatch):
+    FORMATS["compressed-tensors-w8a8"].save(tiny.model(tiny.config(hidden_size=width)), tmp_path)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
+    arguments = EngineArgs(model=str(tmp_path), skip_tokenizer_init=True, dtype=dtype, enforce_eager=True)
+    with pytest.raises(ValueError, match=r"W8A8 checkpoint .* use --dtype bfloat16") if refused else nullcontext():
+        arguments.create_engine_config()
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="vLLM's kernel for tiles needs AMX")
+def test_int8_by_tiles(engine, nightly, tmp_path):
+    """In bfloat16 almost every activation rounds to another number: as exact as the reference in that type."""
+    reference = FORMATS["compressed-tensors-w8a8"].save(tiny.model(tiny.config(qk_norm="all")), tmp_path)
+    oracle = HalfPrecision(reference, torch.bfloat16)
+    for prompt, output in zip(LONG, generate(engine(tmp_path, dtype="bfloat16"), LONG), strict=True):
+        oracle.compare(prompt, output)
+    oracle.check()
 
 
 @pytest.mark.parametrize("avx512", [False, True])

@@ -133,6 +133,12 @@ SETTINGS = (
     ),
     Seam("vllm.triton_utils:HAS_TRITON", "our kernels need Triton", "serving/test_engine_settings.py"),
     Seam(
+        "vllm.model_executor.layers.utils:check_cpu_sgl_kernel",
+        "W8A8 in float32 is refused on processors with AMX",
+        "serving/test_quantization.py",
+        only="cpu",
+    ),
+    Seam(
         "vllm.utils.cpu_resource_utils:get_memory_affinity",
         "engines on a CPU need a memory node each",
         "test_workarounds.py",

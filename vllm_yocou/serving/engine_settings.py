@@ -15,7 +15,12 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 
 from vllm_yocou.options import Options
 from vllm_yocou.seams.check import check_all, check_packing
-from vllm_yocou.workarounds import refuse_engines_without_memory_node, refuse_expert_parallel, warn_of_seed
+from vllm_yocou.workarounds import (
+    refuse_engines_without_memory_node,
+    refuse_expert_parallel,
+    refuse_int8_in_float32,
+    warn_of_seed,
+)
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -113,6 +118,13 @@ def check_experts_on_cpu(vllm_config: "VllmConfig") -> None:
             "--enable-lora cannot be used with a mixture of experts on a CPU: vLLM computes experts with adapters in "
             "Triton, merge the adapter into the weights."
         )
+
+
+def check_int8(vllm_config: "VllmConfig") -> None:
+    from vllm_yocou.checkpoints.format import expected_shapes
+
+    shapes = expected_shapes(vllm_config.model_config.hf_config).items()
+    refuse_int8_in_float32(vllm_config, [shape for name, shape in shapes if "layers." in name and len(shape) == 2])
 
 
 def check_kernels(vllm_config: "VllmConfig") -> None:
@@ -259,6 +271,7 @@ REFUSALS = (
     check_fast_prefill,
     check_experts_on_cpu,
     refuse_engines_without_memory_node,
+    check_int8,
     check_kernels,
     check_compilation_mode,
     check_packing,
