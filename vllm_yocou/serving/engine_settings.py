@@ -123,7 +123,7 @@ def check_experts_on_cpu(vllm_config: "VllmConfig") -> None:
 def check_int8(vllm_config: "VllmConfig") -> None:
     from vllm_yocou.checkpoints.format import expected_shapes
 
-    shapes = expected_shapes(vllm_config.model_config.hf_config).items()
+    shapes = expected_shapes(cast("YocoUConfig", vllm_config.model_config.hf_config)).items()
     refuse_int8_in_float32(vllm_config, [shape for name, shape in shapes if "layers." in name and len(shape) == 2])
 
 
