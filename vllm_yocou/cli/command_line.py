@@ -236,10 +236,9 @@ def check(
     machine, checkpoint = environment.describe(), None
     if model is not None:
         architecture = read_architecture(model)
-        architecture.check_ranks(tensor_parallel_size)
         checkpoint = (model, sizing.stored_parameters(architecture))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine is in this process, where it can be looked at
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings of every CPU start look like findings
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     with _output_to_stderr() as out:
         from vllm_yocou.self_check.check import check as check_served

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from time import monotonic
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -15,6 +18,8 @@ from vllm_yocou.self_check.engine import Settings, serving
 from vllm_yocou.self_check.models import Model
 from vllm_yocou.self_check.report import ModelReport, Report
 from vllm_yocou.serving.backend import LAYOUTS
+
+COMPILED = "compiled code"
 
 
 def check(
@@ -33,6 +38,7 @@ def check(
             that the check needs.
     """
     check_seams(SELF_CHECK)
+    disable_progress_bar()
     if settings.attention_backend not in (None, *AttentionBackendEnum.__members__):
         raise ValueError(
             f"vLLM has no attention backend '{settings.attention_backend}': the plugin builds on {', '.join(LAYOUTS)}."
@@ -40,15 +46,29 @@ def check(
     device = current_platform.device_type
     report = Report(machine, device)
     with subjects(settings, checkpoint, device) as found:
+        for model in found:
+            model.config.check_ranks(settings.tensor_parallel_size)
         for line in report.head():
             say(line)
-        if checkpoint is None and device == "cpu" and settings.dtype == "auto":
-            settings = Settings(**vars(settings) | {"dtype": "float32"})  # what the README serves with on a CPU
-        for model in found:
-            report.models.append(of_model(model, settings, device))
+        for number, model in enumerate(found):
+            in_force = settings
+            if checkpoint is None and device == "cpu":
+                in_force = on_a_cpu(settings, number)
+            report.models.append(of_model(model, in_force, device))
+            if in_force.enforce_eager and not settings.enforce_eager:
+                report.models[-1].left_out[COMPILED] = "it takes long, and the first model shows it"
             for line in report.models[-1].lines():
                 say(line)
     return report
+
+
+def on_a_cpu(settings: Settings, number: int) -> Settings:
+    """Those of the tiny model of this number: float32 as the README serves, and only the first one is compiled.
+
+    Compilation takes a core half a minute a model, and two cores are to check all in two.
+    """
+    dtype = "float32" if settings.dtype == "auto" else settings.dtype
+    return replace(settings, dtype=dtype, enforce_eager=settings.enforce_eager or number > 0)
 
 
 @contextmanager
@@ -63,11 +83,11 @@ def subjects(settings: Settings, checkpoint: tuple[str, int] | None, device: str
 
 def of_model(model: Model, settings: Settings, device: str) -> ModelReport:
     """Everything about one model; an engine that does not start or answer is a complaint like any other."""
-    report, answers = ModelReport(model.name), {}
+    report, answers, began = ModelReport(model.name), {}, monotonic()
     try:
         with serving(model, settings) as engine:
             report.facts, dtype = engine.facts(), engine.dtype
-            asked, report.left_out = workload.cases(model.config, model.context, engine.global_block)
+            asked, report.left_out = workload.cases(model.config, model.context, *engine.pool)
             for case in asked:
                 answers[case.name], missed = engine.ask(case)
                 report.wrong += missed
@@ -81,6 +101,7 @@ def of_model(model: Model, settings: Settings, device: str) -> ModelReport:
             comparison.add(case_name, one)
     report.figures = comparison.figures()
     report.wrong += comparison.wrong()
+    report.seconds = round(monotonic() - began, 1)
     return report
 
 

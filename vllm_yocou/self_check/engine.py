@@ -100,9 +100,11 @@ class Engine:
         return dtype
 
     @property
-    def global_block(self) -> int:
-        """Tokens of a block of the one cache that keeps every token."""
-        return next(group["block"] for group in self.in_worker["kv_groups"] if group["window"] is None)
+    def pool(self) -> tuple[int, int, int]:
+        """Tokens of a block of the one cache that keeps every token, window groups, and blocks in all."""
+        groups = self.in_worker["kv_groups"]
+        global_block = next(group["block"] for group in groups if group["window"] is None)
+        return global_block, len(groups) - 1, self.in_worker["kv_blocks"]
 
     def facts(self) -> dict[str, Any]:
         """What is in force, as JSON can hold it."""

@@ -19,11 +19,13 @@ class ModelReport:
     name: str
     facts: dict[str, Any] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)  # case -> why the model cannot show it
+    left_out: dict[str, str] = field(default_factory=dict)  # case or mode -> why this model does not show it
     wrong: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
     def lines(self) -> Iterator[str]:
-        yield f"{self.name}:"
+        took = f" ({self.seconds:.0f} s)" if self.seconds else ""
+        yield f"{self.name}{took}:"
         if facts := self.facts:
             groups = ", ".join(
                 f"{group['caches']} in blocks of {group['block']}"

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from math import ceil
 
 from vllm_yocou.config import YocoUConfig
 from vllm_yocou.options import Options
@@ -11,7 +12,6 @@ CHUNK = 64  # tokens of a step
 SEQUENCES = 16  # at a time
 COMPLETION = 8
 IN_FLIGHT = 2 * CHUNK  # vLLM may schedule a step while another one is computed
-GROWTH = 24  # tokens that each request of a preemption decodes
 BEFORE_A_BLOCK = 8  # tokens that it still has to decode until its global block is full
 
 BESIDE = "prompt logprobs beside skipping requests"
@@ -71,8 +71,24 @@ def lengths_beside(window: int) -> list[int]:
     return [1, 2, window, window + 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5]
 
 
-def cases(config: YocoUConfig, context: int, global_block: int) -> tuple[list[Case], dict[str, str]]:
-    """What is asked of a model, and which cases its `context` is too short for: name -> reason."""
+def growth(global_block: int, groups: int, blocks: int) -> int:
+    """Tokens that each request of a preemption decodes.
+
+    The first one must still grow when enough others have come to fill the pool: each holds at least two global blocks
+    and one of every window group then, and decodes leave CHUNK - SEQUENCES tokens of a step to prompts.
+    """
+    others = min(SEQUENCES, ceil(blocks / (2 + groups)) + 1)
+    return BEFORE_A_BLOCK + ceil(others * global_block / (CHUNK - SEQUENCES))
+
+
+def cases(
+    config: YocoUConfig, context: int, global_block: int, groups: int, blocks: int
+) -> tuple[list[Case], dict[str, str]]:
+    """What is asked of a model, and which cases its `context` is too short for: name -> reason.
+
+    Args:
+        global_block, groups, blocks: of the running engine, tokens of a global block, window groups and the pool.
+    """
     draw = random.Random(0)
     longest = context - COMPLETION
 
@@ -84,11 +100,12 @@ def cases(config: YocoUConfig, context: int, global_block: int) -> tuple[list[Ca
         Case(BESIDE, [[Request(prompt(length), scored=number % 3 == 1) for number, length in lengths]]),
         Case(CHUNKED, [[Request(prompt(3 * CHUNK + 5))]]),
     ]
-    if global_block + COMPLETION + GROWTH > context:
+    grown = growth(global_block, groups, blocks)
+    if global_block + COMPLETION + grown > context:
         reason = f"a context of {context} tokens is too short for a second global block of {global_block}"
         return made, {HIT: reason, PREEMPTED: reason}
     shared = Request(prompt(global_block + 9))
     made.append(Case(HIT, [[shared], [shared, Request(shared.prompt, scored=True)]]))
     almost = global_block - BEFORE_A_BLOCK
-    growing = [Request(prompt(almost - number % 4), GROWTH) for number in range(SEQUENCES)]
+    growing = [Request(prompt(almost - number % 4), grown) for number in range(SEQUENCES)]
     return [*made, Case(PREEMPTED, [growing])], {}
