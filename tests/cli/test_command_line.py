@@ -103,7 +103,15 @@ except SystemExit as end:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["convert", "--help"], ["example", "--help"], ["kv", TRAINED], ["info", TRAINED], ["info"]],
+    [
+        ["--help"],
+        ["convert", "--help"],
+        ["example", "--help"],
+        ["check", "--help"],
+        ["kv", TRAINED],
+        ["info", TRAINED],
+        ["info"],
+    ],
 )
 def test_what_needs_no_torch_imports_none(arguments):
     ended = subprocess.run([sys.executable, "-c", LOADED, *arguments], capture_output=True, text=True, check=True)
@@ -215,6 +223,9 @@ def test_example(trained, tmp_path, capsys, monkeypatch):
         (["upcycle", "{}/other", "{}/new", "--iterations", "2", "--self-from", "3-"], "'3-' is neither a layer's"),
         (["upcycle", "{}/other", "{}/new", "--iterations", "2", "--cross-from", "9-3"], "'9-3' is neither a layer's"),
         (["upcycle", "{}/other", "{}/new", "--iterations", "2", "--self-layers", "32"], "choose --self-layers between"),
+        (["check", "{}/other"], "is of model_type 'llama': give a checkpoint of 'yoco_u'"),
+        (["check", "--dtype", "int8"], "'int8' is not one of"),
+        (["check", "--tensor-parallel-size", "0"], "Invalid value for '--tensor-parallel-size'"),
         (["kv", "{}", "--nonsense"], "No such option"),
         (["nonsense"], "No such command"),
     ],

@@ -1,5 +1,7 @@
 """What the check says of what it has found."""
 
+import json
+
 from vllm_yocou.cli import environment
 from vllm_yocou.self_check.check import reason_of
 from vllm_yocou.self_check.report import ModelReport, Report
@@ -38,6 +40,8 @@ def test_a_wrong_one_names_the_model_and_the_thing():
     found = report(ModelReport("one", FACTS, FIGURES), ModelReport("two", wrong=["no prefix hit happened"]))
     assert not found.is_exact and found.as_json()["exact"] is False
     assert found.verdict() == "wrong: two: no prefix hit happened."
+    found.models[0].wrong.append("no prefix hit happened")
+    assert found.verdict() == "wrong: one / two: no prefix hit happened."
 
 
 def test_float32_on_a_gpu_has_a_remedy(monkeypatch):
@@ -45,6 +49,12 @@ def test_float32_on_a_gpu_has_a_remedy(monkeypatch):
     wrong = ModelReport("one", FACTS, FIGURES, wrong=["max |Δlogprob| is 1.0e-02"])
     assert "set TRITON_F32_DEFAULT=ieee" in report(wrong, device="cuda").verdict()
     assert "TRITON" not in report(wrong).verdict()
+
+
+def test_json_has_no_number_that_it_does_not_know():
+    found = report(ModelReport("one", FACTS, FIGURES | {"largest": float("nan")}, wrong=["max |Δlogprob| is nan"]))
+    (model,) = json.loads(json.dumps(found.as_json(), allow_nan=False))["models"]
+    assert model["figures"]["largest"] == "NaN"
 
 
 def test_nothing_checked_is_not_exact():

@@ -1,5 +1,6 @@
 """What the check has found: one object for programs, and lines for a reader, the last of which is the verdict."""
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -83,7 +84,11 @@ class Report:
 
     def verdict(self) -> str:
         if not self.is_exact:
-            wrong = [f"{model.name}: {complaint}" for model in self.models for complaint in model.wrong]
+            complaints: dict[str, list[str]] = {}
+            for model in self.models:
+                for complaint in model.wrong:
+                    complaints.setdefault(complaint, []).append(model.name)
+            wrong = [f"{' / '.join(names)}: {complaint}" for complaint, names in complaints.items()]
             return f"wrong: {'; '.join(wrong)}{self.remedy()}."
         figures = [model.figures for model in self.models]
         largest, compared = max(one["largest"] for one in figures), sum(one["compared"] for one in figures)
@@ -102,7 +107,8 @@ class Report:
         return "; Triton multiplies float32 as TF32, set TRITON_F32_DEFAULT=ieee and a TRITON_CACHE_DIR of its own"
 
     def as_json(self) -> dict[str, Any]:
-        return {
+        """One object, in which a number that JSON does not know, such as NaN, is its name."""
+        found = {
             "exact": self.is_exact,
             "verdict": self.verdict(),
             "machine": self.machine,
@@ -110,3 +116,4 @@ class Report:
             "tested": self.tested(),
             "models": [vars(model) for model in self.models],
         }
+        return json.loads(json.dumps(found), parse_constant=str)
