@@ -42,3 +42,31 @@ def test_a_short_context_leaves_out_what_needs_a_second_block():
     for case in cases:
         for request in case.batches[0]:
             assert len(request.prompt) + request.tokens <= 200
+
+
+REQUEST = workload.Request(list(range(100)))
+SCORED = workload.Request(list(range(100)), scored=True)
+
+
+@pytest.mark.parametrize(
+    "name, requests, changed, complaint",
+    [
+        (workload.BESIDE, [REQUEST, SCORED], {"skipped": 98}, "98 rows skipped"),
+        (workload.BESIDE, [REQUEST, SCORED], {"skipped": 198}, "instead of 99"),
+        (workload.CHUNKED, [REQUEST], {"step": 100}, "no prompt was chunked"),
+        (workload.HIT, [REQUEST], {"hit": 0}, "no prefix hit happened"),
+        (workload.PREEMPTED, [REQUEST], {"preempted": 0}, "no preemption happened"),
+    ],
+)
+def test_what_does_not_happen_is_named(name, requests, changed, complaint):
+    case = workload.Case(name, [requests])
+    happened = dict(step=64, hit=64, preempted=1, skipped=99)
+    assert list(case.missed(workload.Happened(**happened), may_skip=True)) == []
+    (named,) = case.missed(workload.Happened(**happened | changed), may_skip=True)
+    assert complaint in named
+
+
+def test_rows_that_skip_where_none_may_are_named():
+    case = workload.Case(workload.BESIDE, [[REQUEST]])
+    assert list(case.missed(workload.Happened(64, 0, 0, 0), may_skip=False)) == []
+    assert list(case.missed(workload.Happened(64, 0, 0, 99), may_skip=False))

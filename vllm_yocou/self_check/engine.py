@@ -21,7 +21,7 @@ from vllm_yocou.rows.selection import why_all_rows
 from vllm_yocou.self_check import workload
 from vllm_yocou.self_check.comparison import Answer
 from vllm_yocou.self_check.models import Model, element_bytes
-from vllm_yocou.self_check.workload import Case, Request
+from vllm_yocou.self_check.workload import Case, Happened, Request
 
 SKIPPED = "vllm:yocou_skipped_rows"
 PREEMPTIONS = "vllm:num_preemptions"
@@ -125,20 +125,13 @@ class Engine:
             outputs = self.llm.generate(prompts, [parameters(request) for request in batch], use_tqdm=False)
             answers += [answer(request, output) for request, output in zip(batch, outputs, strict=True)]
             hit = max(hit, *(output.num_cached_tokens or 0 for output in outputs))
-        skipped, preempted = self.metric(SKIPPED) - skipped, self.metric(PREEMPTIONS) - preempted
-        return answers, list(self.missed(case, skipped, preempted, hit))
-
-    def missed(self, case: Case, skipped: float, preempted: float, hit: int) -> Iterator[str]:
-        step = self.config.scheduler_config.max_num_batched_tokens
-        if case.name == workload.CHUNKED and len(case.batches[0][0].prompt) <= step:
-            yield f"no prompt was chunked, a step takes {step} tokens"
-        if case.name == workload.HIT and not hit:
-            yield "no prefix hit happened"
-        if case.name == workload.PREEMPTED and not preempted:
-            yield "no preemption happened"
-        to_skip = 0 if self.all_rows else case.rows_to_skip
-        if case.name in (workload.BESIDE, workload.CHUNKED) and skipped != to_skip:
-            yield f"{skipped:.0f} rows skipped the cross-decoder in '{case.name}' instead of {to_skip}"
+        happened = Happened(
+            step=self.config.scheduler_config.max_num_batched_tokens,
+            hit=hit,
+            preempted=int(self.metric(PREEMPTIONS) - preempted),
+            skipped=int(self.metric(SKIPPED) - skipped),
+        )
+        return answers, list(case.missed(happened, may_skip=self.all_rows is None))
 
     def metric(self, name: str) -> float:
         """The sum over all engines that this process has had."""

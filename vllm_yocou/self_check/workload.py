@@ -1,6 +1,7 @@
 """Requests and a pool of KV blocks so small that chunks, prefix hits and preemptions must happen."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
@@ -30,6 +31,16 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Happened:
+    """What the engine's counters say of a case: tokens that a step takes, the longest prefix hit, how often, rows."""
+
+    step: int
+    hit: int
+    preempted: int
+    skipped: int
+
+
+@dataclass(frozen=True)
 class Case:
     """Batches of requests, one after the other."""
 
@@ -41,6 +52,19 @@ class Case:
         """Prompt rows whose logits nobody reads; nothing is cached before the case."""
         requests = [request for batch in self.batches for request in batch]
         return sum(len(request.prompt) - 1 for request in requests if not request.scored)
+
+    def missed(self, happened: Happened, may_skip: bool) -> Iterator[str]:
+        """What the case is there for and did not happen, a clause each."""
+        if self.name == CHUNKED and len(self.batches[0][0].prompt) <= happened.step:
+            yield f"no prompt was chunked, a step takes {happened.step} tokens"
+        if self.name == HIT and not happened.hit:
+            yield "no prefix hit happened"
+        if self.name == PREEMPTED and not happened.preempted:
+            yield "no preemption happened"
+        to_skip = self.rows_to_skip if may_skip else 0
+        # Hits and preemptions change how many rows there are.
+        if self.name in (BESIDE, CHUNKED) and happened.skipped != to_skip:
+            yield f"{happened.skipped} rows skipped the cross-decoder in '{self.name}' instead of {to_skip}"
 
 
 def expected_packing(config: YocoUConfig, element_bytes: int, ranks: int, block: int) -> Packing:
