@@ -2,11 +2,16 @@
 
 import pytest
 from harness import tiny
+from harness.checkout import TRAINED
 
+from vllm_yocou.config import YocoUConfig
 from vllm_yocou.self_check import workload
 
+# The trained model's blocks are longer, and fewer of its requests run together.
+CONFIGS = tiny.CONFIGS | {"trained": YocoUConfig.from_pretrained(TRAINED)}
 
-@pytest.mark.parametrize("cfg", tiny.CONFIGS.values(), ids=tiny.CONFIGS)
+
+@pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("block", [16, 32])
 def test_the_pool_holds_what_must_run_and_not_all_that_grow(cfg, block):
     context = 1024
