@@ -43,7 +43,7 @@ def test_tiny_models_are_exact(starts_vllm, nightly):
         assert model["wrong"] == [] and model["left_out"] == {}
 
 
-def test_a_damaged_model_is_named(starts_vllm):
+def test_a_damaged_model_is_named(starts_vllm, nightly):
     """The trained checkpoint, with noise of a hundredth on its logits."""
     code, report, log = run(NOISE + COMMAND, TRAINED, "--dtype", "float32")
     assert (code, report["exact"]) == (1, False), log
