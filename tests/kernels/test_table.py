@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from harness import engine_process
 
 
 @pytest.fixture(autouse=True)
-def vllm_finds_triton(monkeypatch):
+def a_gpu_to_vllm(monkeypatch):
     if not torch.cuda.is_available():
-        engine_process.interpret_triton()
         # Asked for by vLLM's cache writer, to choose a block.
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
 
