@@ -180,7 +180,6 @@ def refuse_int8_in_float32(vllm_config: "VllmConfig", shapes: Iterable[tuple[int
         ValueError: the kernel would be given float32.
     """
     import torch
-    from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
     from vllm.platforms import current_platform
 
     model_config = vllm_config.model_config
@@ -189,6 +188,8 @@ def refuse_int8_in_float32(vllm_config: "VllmConfig", shapes: Iterable[tuple[int
     int8 = any(it.get("type") == "int" and it.get("num_bits") == 8 for it in activations)
     if not int8 or model_config.dtype != torch.float32 or not current_platform.is_cpu():
         return
+    from vllm.model_executor.layers.utils import check_cpu_sgl_kernel  # a name that no GPU needs
+
     if any(check_cpu_sgl_kernel(shape[0], shape[1], torch.int8) for shape in shapes):
         raise ValueError(
             "--dtype float32 cannot be used with a W8A8 checkpoint on a processor with AMX: vLLM's kernel for it takes "

@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_yocou.rows.hand_over import row_slots
 
-# How the identifiers of requests begin that vLLM makes up before the first user's; no user's begins with a line.
+# Requests that vLLM makes up, to warm up before the first user's, have identifiers that begin like this.
 WARM_UPS = ("_warmup_", "_v2_mixed_warmup")
 
 

@@ -112,7 +112,6 @@ SETTINGS = (
     Seam(
         "vllm.config:get_current_vllm_config", "our kernels size their scratch by it", "serving/test_fused_attention.py"
     ),
-    Seam("vllm.config.cache:CacheDType", "the caches are built in this dtype", "serving/test_backend.py"),
     Seam(
         "vllm.config.utils:normalize_value",
         "code is compiled once for every T",

@@ -7,6 +7,7 @@ hook for YOCO-U models only, in the process that parses the command line.
 import logging
 import os
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -121,10 +122,14 @@ def check_experts_on_cpu(vllm_config: "VllmConfig") -> None:
 
 
 def check_int8(vllm_config: "VllmConfig") -> None:
-    from vllm_yocou.checkpoints.format import expected_shapes
+    def matrices() -> Iterator[tuple[int, ...]]:
+        """Listed only where somebody asks: a mixture has thousands."""
+        from vllm_yocou.checkpoints.format import expected_shapes
 
-    shapes = expected_shapes(cast("YocoUConfig", vllm_config.model_config.hf_config)).items()
-    refuse_int8_in_float32(vllm_config, [shape for name, shape in shapes if "layers." in name and len(shape) == 2])
+        shapes = expected_shapes(cast("YocoUConfig", vllm_config.model_config.hf_config)).items()
+        yield from (shape for name, shape in shapes if "layers." in name and len(shape) == 2)
+
+    refuse_int8_in_float32(vllm_config, matrices())
 
 
 def check_kernels(vllm_config: "VllmConfig") -> None:
