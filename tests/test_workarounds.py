@@ -83,7 +83,7 @@ def test_spare_rows_without_adapter():
         return (y_NX != 0).any(1).tolist()
 
     assert moved_rows() == [faulty("spare_rows_without_adapter"), True]
-    workarounds.spare_rows_without_adapter(SimpleNamespace(punica_wrapper_mapping={"": wrapper}))
+    workarounds.spare_rows_without_adapter(wrapper)
     assert moved_rows() == [False, True]
 
 

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import VllmConfig
     from vllm.config.cache import CacheDType
-    from vllm.lora.model_manager import LoRAModelManager
-    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+    from vllm.lora.punica_wrapper import PunicaWrapperBase
     from vllm.v1.attention.backend import AttentionBackend
 
 logger = logging.getLogger("vllm.plugins.yocou")
@@ -61,19 +60,15 @@ def loading_of_saved_code() -> Iterator[None]:
         yield
 
 
-def spare_rows_without_adapter(manager: "LoRAModelManager") -> None:
+def spare_rows_without_adapter(wrapper: "PunicaWrapperBase") -> None:
     """On a CPU, keep LoRA adapters away from rows that have none.
 
     vLLM marks such rows with -1, which its CPU operators take for the last adapter slot (vllm-project/vllm#48421).
     """
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    for wrapper in manager.punica_wrapper_mapping.values():
-        if isinstance(wrapper, PunicaWrapperCPU):
-            _spare_rows_without_adapter(wrapper)
-
-
-def _spare_rows_without_adapter(wrapper: "PunicaWrapperCPU") -> None:
+    if not isinstance(wrapper, PunicaWrapperCPU):
+        return
     add_to_all_rows = wrapper.add_lora_linear
 
     def add_lora_linear(y_NX: "torch.Tensor", x_NX: "torch.Tensor", *args: Any, **kwargs: Any) -> None:

@@ -8,7 +8,7 @@ output, {"batches": [...]} or {"error": TRACEBACK}; everything that vLLM prints 
 where its input does, or by SIGALRM when a job takes longer than JOB_S.
 
 RUNNER is one of these:
-- v1.
+- v1. Its forward passes are eager, and read no tensor's values on the host (host_reads.py).
 - v1-graphs: the model is compiled in pieces that replay the addresses of their first call, as CUDA graphs do
   (graph_replay.py).
 - v2: vLLM's V2 runner, CUDA's default. It needs Triton, for which the CPU build has no backend; here its kernels run in
@@ -26,7 +26,7 @@ import traceback
 from collections import Counter
 from functools import cache
 
-from harness import interpreter
+from harness import host_reads, interpreter
 
 METRICS = ("yocou_self_decoder_rows", "yocou_cross_decoder_rows", "yocou_skipped_rows", "num_preemptions")
 DEFAULTS = dict(
@@ -138,6 +138,8 @@ class RunnerEngines:
         from harness.engines import know_the_model_class
 
         know_the_model_class()
+        if runner == "v1":
+            host_reads.refuse_in_forward_passes()
 
     def answer(self, job: dict) -> dict:
         from vllm import LLM

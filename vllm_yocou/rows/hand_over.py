@@ -8,6 +8,7 @@ Both slots belong to the global cache, since all layers that run on fewer rows r
 vLLM's cached layers has them in `rows`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,10 +77,12 @@ class RowSlots:
 
     Attributes:
         requests: written by the runner's hook before a step, read when the step's rows are selected.
+        map_adapters: called with the selected rows (M,) as soon as they are known; set where LoRA is on.
     """
 
     def __init__(self, capacity: int):
         self.requests = RequestTable(capacity)
+        self.map_adapters: Callable[[np.ndarray], None] | None = None
         self._metadata: object = None
         self._step: StepRows | None = None
 

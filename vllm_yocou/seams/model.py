@@ -393,14 +393,28 @@ MODEL = (
         "vllm.lora.model_manager:LoRAModelManager",
         "reduced steps need the adapters of their own rows",
         "serving/test_lora.py",
-        has="set_adapter_mapping",
-        mentions="_last_mapping lora_manager punica_wrapper_mapping",
+        has="lora_slots",
+        mentions="_last_mapping lora_manager punica_wrapper_mapping max_num_batched_tokens max_num_seqs device "
+        "lora_config lora_index_to_id vocab_size",
     ),
     Seam(
         "vllm.lora.layers.utils:LoRAMapping",
         "reduced steps need the adapters of their own rows",
         "serving/test_lora.py",
         has="index_mapping",
+    ),
+    Seam(
+        "vllm.lora.layers:BaseLayerWithLoRA",
+        "the cross-decoder's layers have a map of their own in reduced steps",
+        "serving/test_lora.py",
+        has="set_mapping",
+    ),
+    Seam(
+        "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase",
+        "it maps rows to adapters",
+        "serving/test_lora.py",
+        has="update_metadata",
+        takes="max_num_batched_tokens max_batches device",
     ),
     Seam(
         "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU",

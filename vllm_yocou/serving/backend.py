@@ -195,8 +195,11 @@ class RowSelecting:
     ) -> AttentionMetadata:
         batch, rows = common_attn_metadata, int(common_attn_metadata.query_start_loc_cpu[-1])
         selected = self.selector.select(batch)
-        # With no row selected, no layer reads the metadata.
-        reduced = reduce_metadata(batch, selected) if selected is not None and len(selected.rows_M) else batch
+        reduced = batch  # with no row selected, no layer reads the metadata
+        if selected is not None and len(selected.rows_M):
+            reduced = reduce_metadata(batch, selected)
+            if self.slots.map_adapters is not None:
+                self.slots.map_adapters(selected.rows_M)
         metadata = super().build(common_prefix_len, reduced, fast_build)  # type: ignore[misc]  # a builder's
         self.slots.put(metadata, None if selected is None else self.on_device(selected))
         if self.counters is not None and not self.capturing:

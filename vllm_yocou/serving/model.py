@@ -8,6 +8,7 @@ Shapes: N tokens of this step (all requests, one row a token), M of them in the 
 
 import logging
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -36,8 +37,7 @@ from vllm_yocou.serving.compilation import (
     without_piecewise_graphs,
 )
 from vllm_yocou.serving.layers import CrossDecoderLayer, GlobalKV, SelfDecoderLayer
-from vllm_yocou.serving.lora import adapters_of
-from vllm_yocou.workarounds import spare_rows_without_adapter
+from vllm_yocou.serving.lora import SelectedRowsAdapters
 
 logger = logging.getLogger("vllm.plugins.yocou")
 
@@ -103,6 +103,7 @@ class YocoUModel(nn.Module):
                 vllm_config=vllm_config, cache=self.global_kv.cache, prefix=f"{prefix}.cross_decoder"
             )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.adapters: SelectedRowsAdapters | None = None
         if get_tensor_model_parallel_rank() == 0:
             for line in self.describe(vllm_config):
                 logger.info("%s", line)
@@ -120,6 +121,11 @@ class YocoUModel(nn.Module):
             lines.append(f"The cross-decoder runs on every prompt row: {reason}.")
         return lines
 
+    def adapt(self, manager: LoRAModelManager) -> None:
+        """Serve adapters, which vLLM has put around the linear layers."""
+        self.adapters = SelectedRowsAdapters(manager, self.cross_decoder)
+        self.global_kv.cache.rows.map_adapters = self.adapters.select
+
     def is_discarded(self) -> bool:
         """Whether vLLM only compiles or captures in this step, where one pass through the self-decoder does it all."""
         warms_up = self.warmed_up_by_one_pass and get_forward_context().attn_metadata is None
@@ -133,7 +139,6 @@ class YocoUModel(nn.Module):
         input_ids_N: torch.Tensor | None,
         positions_N: torch.Tensor,
         x_ND: torch.Tensor | None,
-        lora_manager: LoRAModelManager | None,
     ) -> torch.Tensor:
         if x_ND is None:
             assert input_ids_N is not None  # vLLM gives one of the two
@@ -148,7 +153,7 @@ class YocoUModel(nn.Module):
         # The rows left out stay zero: nobody reads them (rows/selection.py).
         out_ND = torch.zeros_like(x_ND)
         if len(rows_M):
-            with without_piecewise_graphs(), adapters_of(rows_M, lora_manager):
+            with without_piecewise_graphs(), self.adapters.in_force() if self.adapters else nullcontext():
                 out_ND[rows_M] = self.norm(self.cross_decoder(positions_N[rows_M], x_ND[rows_M], written))
         return out_ND
 
@@ -204,7 +209,7 @@ class YocoUForCausalLM(nn.Module, SupportsLoRA):
     def lora_manager(self, manager: LoRAModelManager | None) -> None:
         """vLLM sets it once it has put its adapters around the linear layers."""
         if manager is not None:
-            spare_rows_without_adapter(manager)
+            self.model.adapt(manager)
         self._lora_manager = manager
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -217,7 +222,7 @@ class YocoUForCausalLM(nn.Module, SupportsLoRA):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.model(input_ids, positions, inputs_embeds, self.lora_manager)
+        return self.model(input_ids, positions, inputs_embeds)
 
     def get_model_state_cls(self) -> type:
         """The V2 runner's hook; V1's is named by the engine settings."""
