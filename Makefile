@@ -4,6 +4,7 @@
 #   make test       prove that it is right: every test that a promise of the README rests on
 #   make test-all   the remaining tests as well
 #   make bench      measure the README's tables
+#   make gpu        ask a GPU everything in eight minutes, with a PYTHON that has vLLM; make gpu-all asks more
 # For its developers: make format, make constraints, make supported. VLLM=0.33 runs any of them with that vLLM.
 
 PYTHON ?= python3.11
@@ -27,7 +28,7 @@ ifeq ($(shell command -v g++),)
 export TORCHDYNAMO_DISABLE := 1
 endif
 
-.PHONY: serve check lint unit supported test test-all bench format constraints
+.PHONY: serve check lint unit supported test test-all bench gpu gpu-all format constraints
 serve: $(SERVING)
 	$(BIN)/python examples/inference/serve.py $(ARGS)
 
@@ -60,6 +61,10 @@ test-all: $(TESTING)
 
 bench: $(TESTING)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# In an environment of the user's, in which nothing is installed: make gpu PYTHON=python3 ARGS="--results results"
+gpu gpu-all:
+	PYTHONPATH="$(CURDIR)/tests:$(CURDIR):$$PYTHONPATH" $(PYTHON) -m gpu $(if $(filter gpu-all,$@),--all) $(ARGS)
 
 format: $(TESTING)
 	$(BIN)/ruff check --fix-only .

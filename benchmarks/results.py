@@ -100,15 +100,16 @@ class Result:
     def path(self) -> Path:
         return FOLDER / slug(self.machine) / f"{self.table}.json"
 
-    def save(self) -> Path:
-        """Write the file, one measurement a line."""
+    def save(self, path: Path | None = None) -> Path:
+        """Write the file, one measurement a line; by default the one that pages are rendered from."""
+        path = path or self.path
         fields = asdict(self)
         lines = [json.dumps(one, ensure_ascii=False) for one in fields.pop("measurements")]
         head = json.dumps(fields, ensure_ascii=False, indent=1).removesuffix("\n}")
         body = ",\n  ".join(lines)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(f'{head},\n "measurements": [\n  {body}\n ]\n}}\n')
-        return self.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'{head},\n "measurements": [\n  {body}\n ]\n}}\n')
+        return path
 
     @classmethod
     def load(cls, path: Path) -> "Result":

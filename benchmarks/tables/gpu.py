@@ -36,8 +36,8 @@ def gpu_prefill_rows(result: Result) -> Rows:
                 continue
             cells = [cell(every, ",.0f"), cell(skipping, ",.0f"), ratio(over(skipping, every))]
             cells.append(ratio(over(skipping, speed(first, SKIPPING))))
-            compared = over(skipping, speed(LIKE_PAPER, EVERY_ROW))
-            rows.append([f"{tokens:,}", model, *cells, "" if compared is None else ratio(compared, paper)])
+            cells.append(ratio_or_nothing(over(skipping, speed(LIKE_PAPER, EVERY_ROW)), paper))
+            rows.append([f"{tokens:,}", model, *cells])
     ways = [f"{EVERY_ROW}, tokens/s", f"{SKIPPING}, tokens/s", f"{SKIPPING} / {EVERY_ROW}"]
     return ["prompt tokens", "model", *ways, f"{SKIPPING} / the first model's", f"{SKIPPING} / the Transformer's"], rows
 
@@ -86,6 +86,34 @@ def gpu_decode_note(result: Result) -> str:
     )
 
 
+def ratio_or_nothing(here: float | None, paper: float | None) -> str:
+    return "" if here is None else ratio(here, paper)
+
+
+def gpu_speed_rows(result: Result) -> Rows:
+    """Speeds of prompts that skip rows and of decode steps; ratios to the Transformer, faster is more than one."""
+    batches = result.settings["batches"]
+    rows = []
+    for tokens in result.keys("tokens"):
+        paper = PAPER_RATIOS[LIKE_PAPER].get(tokens, (None, None, None))
+        for model in result.keys("model"):
+            way = EVERY_ROW if model == LIKE_PAPER else SKIPPING
+            first_s = result.median("first token", tokens=tokens, model=model, way=way)
+            theirs_s = result.median("first token", tokens=tokens, model=LIKE_PAPER, way=EVERY_ROW)
+            compared = None if model == LIKE_PAPER else over(theirs_s, first_s)
+            cells = [cell(over(tokens, first_s), ",.0f"), ratio_or_nothing(compared, paper[0])]
+            for batch in batches:
+                step_s = result.median("decode step", batch=batch, tokens=tokens, model=model)
+                theirs_s = result.median("decode step", batch=batch, tokens=tokens, model=LIKE_PAPER)
+                compared = None if model == LIKE_PAPER else over(theirs_s, step_s)
+                expected = paper[1] if batch == PAPER_REQUESTS else None
+                step_ms = None if step_s is None else step_s * 1e3
+                cells += [cell(step_ms, ".3f", " ms"), ratio_or_nothing(compared, expected)]
+            rows.append([f"{tokens:,}", model, *cells])
+    steps = [name for batch in batches for name in (f"decode step, {batch} requests", "/ the Transformer's")]
+    return ["tokens", "model", "prompt tokens/s", "/ the Transformer's", *steps], rows
+
+
 def exactness_row(ones: list[Measurement]) -> list[str]:
     """Cells that sum up the measurements of some checks."""
 
@@ -120,6 +148,13 @@ def gpu_exactness_rows(result: Result) -> Rows:
     header = ["dtype", "run", "models", COMPARED, "greedy tokens, others than the reference's"]
     header += [LARGEST, "of the reference itself", "ratio in a check, at most"]
     return [*header, MEDIAN, "of the reference itself", "rows skipped, of those that can be"], rows
+
+
+def gpu_speed_note(result: Result) -> str:
+    return (
+        f"{gpu_prefill_note(result)} Medians of {result.settings['steps']} decode steps, whose contexts are scheduled "
+        "and not computed; speeds are compared, so that more than one is faster."
+    )
 
 
 def gpu_exactness_note(result: Result) -> str:
@@ -157,6 +192,16 @@ TABLES = (
         module="gpu",
         arguments=("decode",),
         by_default=False,
+    ),
+    Table(
+        name="gpu_speed",
+        about="Prompts and decode steps of 8K and 64K tokens in the paper's shape, next to a Transformer",
+        needs="a GPU with 40 GiB free",
+        takes="2 minutes on a GPU, by estimate",
+        rows=gpu_speed_rows,
+        note=gpu_speed_note,
+        by_default=False,
+        has_options=True,
     ),
     Table(
         name="gpu_exactness",

@@ -33,6 +33,31 @@ def prefill_note(result: Result) -> str:
     )
 
 
+DTYPES = ("float32", "bfloat16")
+
+
+def dtypes_rows(result: Result) -> Rows:
+    """A row for prompts and for each batch of decodes; a ratio of more than one is for bfloat16."""
+    wanted = {"prompt": ("first token", dict[str, int]())}
+    wanted |= {f"decode step, {batch} requests": ("decode step", dict(batch=batch)) for batch in result.keys("batch")}
+    rows = []
+    for what, (name, of) in wanted.items():
+        single_s, half_s = (result.median(name, dtype=dtype, **of) for dtype in DTYPES)
+        cells = [cell(None if value is None else value * 1e3, ",.1f", " ms") for value in (single_s, half_s)]
+        rows.append([what, *cells, cell(over(single_s, half_s), ".2f", "x")])
+    return ["", *DTYPES, "float32 / bfloat16"], rows
+
+
+def dtypes_note(result: Result) -> str:
+    features = ", ".join(result.environment["processor"]["features"]) or "no features that are known"
+    settings = result.settings
+    return (
+        f"{settings['shape']} shape, random weights, eager; prompts of {settings['tokens']:,} tokens, decode steps at "
+        f"{settings['context']} tokens; medians of {settings['rounds']} interleaved prompts and {settings['steps']} "
+        f"steps. The processor has {features}."
+    )
+
+
 def compilation_rows(result: Result) -> Rows:
     ways, parts = result.keys("way"), ("products", "attention", "other native")
     rows = []
@@ -132,6 +157,14 @@ TABLES = (
         takes="8 minutes",
         rows=prefill_rows,
         note=prefill_note,
+    ),
+    Table(
+        name="dtypes",
+        about="bfloat16 beside float32 on this processor",
+        needs="two quiet cores",
+        takes="3 minutes",
+        rows=dtypes_rows,
+        note=dtypes_note,
     ),
     Table(
         name="compilation",

@@ -13,7 +13,7 @@ from benchmarks import render, results
 from benchmarks.results import Result
 from benchmarks.tables import gpu as tables
 from benchmarks.tables.catalogue import TABLES
-from benchmarks.tables.comparisons import LIKE_PAPER
+from benchmarks.tables.comparisons import LIKE_PAPER, OURS
 from benchmarks.tables.gpu import EVERY_ROW, KERNELS, SKIPPING, in_chunks
 
 K = 1 << 10
@@ -81,6 +81,20 @@ def test_decode_leaves_out_what_does_not_fit():
     ]
     result.add("decode step", "s", [0.024], batch=32, tokens=16 * K, model=LIKE_PAPER)
     assert shown(result)[2][-1] == "1.50x (paper 1.10x)"
+
+
+def test_speed_is_compared_with_the_transformer():
+    """At 64K tokens the paper's ratios stand beside, in decode for 32 requests."""
+    result = Result("gpu_speed", "", settings=dict(batches=[1, 32]))
+    for model, way, first_s in ((OURS, EVERY_ROW, 9.0), (OURS, SKIPPING, 4.0), (LIKE_PAPER, EVERY_ROW, 8.0)):
+        result.add("first token", "s", [first_s], tokens=64 * K, model=model, way=way)
+    for model, batch, step_s in ((OURS, 1, 0.004), (LIKE_PAPER, 1, 0.002), (OURS, 32, 0.016), (LIKE_PAPER, 32, 0.024)):
+        result.add("decode step", "s", [step_s], tokens=64 * K, model=model, batch=batch)
+    paper = ("2.00x (paper 2.79x)", "1.50x (paper 1.92x)")
+    assert shown(result) == [
+        ["65,536", OURS, "16,384", paper[0], "4.000 ms", "0.50x", "16.000 ms", paper[1]],
+        ["65,536", LIKE_PAPER, "8,192", "", "2.000 ms", "", "24.000 ms", ""],
+    ]
 
 
 def test_a_median_in_place_of_its_runs_is_called_transcribed():

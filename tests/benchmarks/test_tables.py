@@ -103,6 +103,28 @@ def test_peers(starts_vllm, nightly, monkeypatch, folder, capsys):
     assert render.picture(result).stat().st_size > 10_000 and render.is_drawn(result)
 
 
+def test_dtypes(starts_vllm, nightly, monkeypatch):
+    from benchmarks import dtypes
+
+    small = dict(SHAPE="yoco-u-kjv", TOKENS=200, BATCHES=(1, 2), CONTEXT=40, ROUNDS=2, STEPS=3)
+    for name, value in small.items():
+        monkeypatch.setattr(dtypes, name, value)
+    result = dtypes.measure(kv_cache_memory_bytes=32 << 20)
+    assert [row[0] for row in shown(result)] == ["prompt", "decode step, 1 requests", "decode step, 2 requests"]
+    assert len(result.runs("decode step", dtype="bfloat16", batch=2)) == 6
+
+
+def test_a_dtype_is_faster_by_its_medians():
+    result = Result("dtypes", "")
+    for dtype, seconds in (("float32", 0.2), ("bfloat16", 0.1)):
+        result.add("first token", "s", [9.0, seconds, 0.0], dtype=dtype)
+        result.add("decode step", "s", [seconds / 10], dtype=dtype, batch=8)
+    assert shown(result) == [
+        ["prompt", "200.0 ms", "100.0 ms", "2.00x"],
+        ["decode step, 8 requests", "20.0 ms", "10.0 ms", "2.00x"],
+    ]
+
+
 def test_pools_of_peers_hold_what_is_measured():
     """Of the paper's shape too, which no machine without a GPU starts."""
     from benchmarks import peers

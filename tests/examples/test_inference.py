@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,24 @@ def run(*command: str, **settings) -> str:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+@pytest.mark.parametrize(
+    "features, dtype",
+    [
+        (["avx2"], "float32"),
+        (["avx2", "avx512f"], "float32"),
+        (["avx512f", "avx512_bf16"], "bfloat16"),
+        (["amx_tile", "amx_bf16"], "bfloat16"),
+        (["neon", "bf16"], "bfloat16"),
+        ([], "float32"),
+    ],
+)
+def test_serve_takes_the_type_that_the_processor_is_faster_in(features, dtype, monkeypatch):
+    serve = SourceFileLoader("serve", str(ROOT / "examples" / "inference" / "serve.py")).load_module()
+    monkeypatch.setattr(serve, "processor", lambda: {"features": features})
+    command = serve.command(TRAINED, "127.0.0.1", 8000)
+    assert command[command.index("--dtype") + 1] == dtype
 
 
 def test_offline_generates_what_the_reference_generates(starts_vllm, nightly, reference, tokenizer):

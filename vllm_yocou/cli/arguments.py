@@ -3,6 +3,7 @@
 Nothing here imports torch: every command parses its arguments with this, `--help` included.
 """
 
+import json
 import re
 from enum import StrEnum
 from pathlib import Path
@@ -55,6 +56,17 @@ def size(text: str | int) -> int:
     return int(found[1]) * UNITS[found[2]]
 
 
+def json_object(text: str | dict) -> dict:
+    """One JSON object."""
+    try:
+        found = json.loads(text) if isinstance(text, str) else text
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"'{text}' is not a JSON object, as in '{{\"cudagraph_mode\": \"PIECEWISE\"}}'.")
+    return found
+
+
 def layers(text: str) -> tuple[int, ...]:
     """Layer numbers and ranges, both ends included: 0-9,12,14."""
     found: list[int] = []
@@ -105,6 +117,10 @@ ServedIn = Annotated[
 AttentionBackend = Annotated[str | None, typer.Option(metavar="NAME", help="vLLM's.")]
 ServedRanks = Annotated[int, typer.Option(min=1, help="vLLM's.")]
 Eager = Annotated[bool, typer.Option("--enforce-eager", help="vLLM's.")]
+Compilation = Annotated[dict | None, typer.Option(parser=json_object, metavar="JSON", help="vLLM's.")]
+Additional = Annotated[
+    dict | None, typer.Option(parser=json_object, metavar="JSON", help="vLLM's, with the plugin's options.")
+]
 
 Iterations = Annotated[int, typer.Option(min=1, help="T, how often the self-decoder runs.")]
 SelfLayers = Annotated[

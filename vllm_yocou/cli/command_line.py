@@ -230,6 +230,8 @@ def check(
     attention_backend: arguments.AttentionBackend = None,
     tensor_parallel_size: arguments.ServedRanks = 1,
     enforce_eager: arguments.Eager = False,
+    compilation_config: arguments.Compilation = None,
+    additional_config: arguments.Additional = None,
     as_json: arguments.AsJson = False,
 ) -> None:
     """Serve tiny models, or a checkpoint, and compare with the reference model: is this machine exact?"""
@@ -248,7 +250,14 @@ def check(
             if not as_json:
                 print(line, file=out, flush=True)
 
-        settings = Settings(dtype.value, attention_backend, tensor_parallel_size, enforce_eager)
+        settings = Settings(
+            dtype.value,
+            attention_backend,
+            tensor_parallel_size,
+            enforce_eager,
+            compilation_config or {},
+            additional_config or {},
+        )
         report = check_served(machine, settings, checkpoint, say)
         print(json.dumps(report.as_json(), indent=2) if as_json else report.verdict(), file=out, flush=True)
     if not report.is_exact:

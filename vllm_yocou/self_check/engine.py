@@ -8,7 +8,7 @@ import gc
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ class Settings:
     attention_backend: str | None = None
     tensor_parallel_size: int = 1
     enforce_eager: bool = False
+    compilation_config: dict[str, Any] = field(default_factory=dict)
+    additional_config: dict[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
@@ -78,7 +80,10 @@ def engine_arguments(model: Model, settings: Settings) -> dict[str, Any]:
         use_tqdm_on_load=False,
         tensor_parallel_size=ranks,
         enforce_eager=settings.enforce_eager,
+        additional_config=settings.additional_config,
     )
+    if settings.compilation_config:
+        arguments["compilation_config"] = settings.compilation_config
     if settings.attention_backend is not None:
         arguments["attention_backend"] = settings.attention_backend
     return arguments

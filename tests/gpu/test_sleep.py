@@ -1,0 +1,27 @@
+"""vLLM's sleep mode frees the memory of weights and caches; what wakes up answers as before."""
+
+import pytest
+from harness import tiny
+from harness.engines import generate
+
+PROMPTS = [tiny.prompt(length) for length in (1, 50, 333)]
+VARIANT = tiny.VARIANTS["T3-S3-C2-qknorm-interleaved-W7"]
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_what_wakes_up_answers_as_before(level, engine, tmp_path):
+    """Level 1 keeps the weights on the host; level 2 drops them, and they are loaded again, as RL trainers do."""
+    tiny.model(tiny.config(**VARIANT)).save_pretrained(tmp_path)
+    settings = dict(enable_sleep_mode=True, attention_backend="TRITON_ATTN", compilation_config={})
+    llm = engine(tmp_path, **settings)
+    before = generate(llm, PROMPTS)
+    llm.sleep(level=level)
+    if level == 1:
+        llm.wake_up()
+    else:
+        llm.wake_up(tags=["weights"])
+        llm.collective_rpc("reload_weights")
+        llm.wake_up(tags=["kv_cache"])
+    for one, other in zip(before, generate(llm, PROMPTS), strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        assert not other.num_cached_tokens  # nothing of the cache outlives the sleep
