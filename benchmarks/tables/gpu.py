@@ -1,5 +1,7 @@
 """What a GPU makes of the paper's shape: prompts and decode steps, next to a Transformer, and how exact both are."""
 
+from typing import Any
+
 from benchmarks.results import Measurement, Result
 from benchmarks.tables.comparisons import LIKE_PAPER, OURS, PAPER_RATIOS, ratio
 from benchmarks.tables.table import Rows, Table, cell, over
@@ -88,6 +90,30 @@ def gpu_decode_note(result: Result) -> str:
 
 def ratio_or_nothing(here: float | None, paper: float | None) -> str:
     return "" if here is None else ratio(here, paper)
+
+
+def draw_gpu_prefill(result: Result, figure: Any) -> None:
+    """Tokens/s over the prompt's length: of YOCO-U by tokens a step, and of the Transformer."""
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter  # only pictures need it
+
+    axes = figure.subplots()
+    lengths = result.keys("tokens")
+    for model in result.keys("model"):
+        way = EVERY_ROW if model == LIKE_PAPER else SKIPPING
+        taken = {tokens: result.median("first token", tokens=tokens, model=model, way=way) for tokens in lengths}
+        speeds = {tokens: tokens / first_s for tokens, first_s in taken.items() if first_s}
+        if len(speeds) == len(lengths):
+            axes.plot(
+                list(speeds), list(speeds.values()), label=model, marker="o", linewidth=2.5 if OURS in model else 1.5
+            )
+    axes.set(
+        title=f"prompt tokens/s, {result.machine}, {result.settings['shape']} shape", xlabel="tokens of the prompt"
+    )
+    axes.set(xscale="log", ylim=(0, None))
+    axes.set_xticks(lengths, [f"{tokens / 1024:g}k" for tokens in lengths])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def gpu_speed_rows(result: Result) -> Rows:
@@ -179,6 +205,8 @@ TABLES = (
         note=gpu_prefill_note,
         module="gpu",
         arguments=("prefill",),
+        draw=draw_gpu_prefill,
+        picture="speed of prompts over their length, of YOCO-U and of a Transformer",
         by_default=False,
         has_options=True,
     ),
