@@ -1,7 +1,11 @@
-"""What stands between the markers of a page, and every picture, is made from benchmarks/results alone.
+"""What stands between the markers of a page, and every picture, is made from benchmarks/results and the code alone.
 
 <!-- results: prefill -->
 one section for each machine that has a result
+<!-- end -->
+
+<!-- seams -->
+a row for everything of vLLM's that the plugin relies on
 <!-- end -->
 """
 
@@ -14,9 +18,12 @@ from typing import Any
 
 from benchmarks.results import FOLDER, ROOT, Result
 from benchmarks.tables.catalogue import TABLES
+from vllm_yocou.seams.table import SEAMS as OF_SERVING
+from vllm_yocou.seams.table import SELF_CHECK
 
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 START = re.compile(r"^<!-- results: (.*) -->$", re.MULTILINE)
+SEAMS = re.compile(r"^(<!-- seams -->\n).*?^(<!-- end -->)$", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^(<!-- results: (.*?) -->\n).*?^(<!-- end -->)$", re.MULTILINE | re.DOTALL)
 SOURCE = "Source"  # of a picture: the digest of the result that it shows
 SIZE_INCHES, DOTS_PER_INCH = (13, 4.6), 110
@@ -55,6 +62,16 @@ def block(name: str, page: Path) -> str:
     return "\n\n".join(sections)
 
 
+def seams(page: Path) -> str:
+    """A table of vLLM's names, why the plugin needs them, and the test of each."""
+    tests = Path(os.path.relpath(ROOT / "tests", page.parent)).as_posix()
+    rows = []
+    for seam in OF_SERVING + SELF_CHECK:
+        names = [f"`{place.replace(':', '.').removeprefix('vllm.')}`" for place in seam.places]
+        rows.append([" or ".join(names), seam.why, f"[{seam.test}]({tests}/{seam.test})"])
+    return markdown(["in `vllm`", "why", "test"], rows)
+
+
 def rendered(page: Path) -> str:
     """The page's text with every block as the results have it."""
 
@@ -67,7 +84,7 @@ def rendered(page: Path) -> str:
     text = page.read_text()
     if START.findall(text) != names(text):
         raise LookupError(f"{page.name} has a block of results without a line '<!-- end -->'.")
-    return BLOCK.sub(fill, text)
+    return SEAMS.sub(lambda found: f"{found[1]}\n{seams(page)}\n\n{found[2]}", BLOCK.sub(fill, text))
 
 
 def names(text: str) -> list[str]:
@@ -116,7 +133,7 @@ def mistakes() -> list[str]:
         text = page.read_text()
         shown.update(names(text))
         if rendered(page) != text:
-            found.append(f"{page.relative_to(ROOT)} differs from benchmarks/results.")
+            found.append(f"{page.relative_to(ROOT)} differs from what it is rendered from.")
     found += [f"{picture(result).name} of {result.machine} shows another result." for result in stale_pictures()]
     hidden = dict.fromkeys(result.table for result in results() if result.table not in shown)
     return found + [f"no page has a block for the results of {name}." for name in hidden]

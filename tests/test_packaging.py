@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,17 @@ def test_the_package_is_typed(wheel):
     assert "vllm_yocou/py.typed" in wheel.namelist()
 
 
+def test_the_changelog_keeps_its_form():
+    """That of keepachangelog.com: the newest version first, with dates, and changes by kind."""
+    lines = (ROOT / "CHANGELOG.md").read_text().splitlines()
+    first, *released = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
+    versions, dates = zip(*(line.split(" - ") for line in released), strict=True)
+    assert first == "Unreleased" and versions[0] == __version__
+    assert list(dates) == sorted(dates, reverse=True) and all(date.fromisoformat(one) for one in dates)
+    kinds = {line.removeprefix("### ") for line in lines if line.startswith("### ")}
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
 def declared(folder: str) -> dict:
     return tomllib.loads((ROOT / folder / "pyproject.toml").read_text())["project"]
 
@@ -100,7 +112,7 @@ def test_the_makefile_names_the_torch_of_the_cpu_environment():
 
 
 def test_every_supported_vllm_is_named_and_tested():
-    assert f"**Works with vLLM {check.tested()}," in (ROOT / "README.md").read_text()
+    assert f"| vLLM {check.tested()}, Python " in (ROOT / "README.md").read_text()
     assert check.tested() in (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text()
     first = re.findall(r"^OF_CPU_BUILD := (.*)$", makefile(), re.MULTILINE)
     others = re.findall(r"^make supported VLLM=(.*)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)

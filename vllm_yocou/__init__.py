@@ -4,4 +4,4 @@ vLLM finds the plugin by its entry point. For plain transformers, `import vllm_y
 `AutoModelForCausalLM` as usual.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

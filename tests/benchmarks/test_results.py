@@ -12,7 +12,8 @@ from harness.checkout import ROOT
 from benchmarks import render, results
 from benchmarks.results import Result
 from benchmarks.tables.catalogue import GROUPS, TABLES
-from benchmarks.tables.gpu import COMPARED
+from benchmarks.tables.comparisons import LIKE_PAPER, OURS
+from benchmarks.tables.gpu import COMPARED, EVERY_ROW, GREEDY, OTHERS, SKIPPING, in_chunks
 from benchmarks.tables.quality import SCORES
 
 XEON, EPYC = "2 cores of Intel(R) Xeon(R) Processor @ 2.80GHz", "2 cores of AMD EPYC"
@@ -143,7 +144,7 @@ def test_a_pasted_number_is_seen(page):
     chunks(XEON, {512: [1.0], 1024: [4.0]}).save()
     render.write()
     page.write_text(page.read_text().replace("4.00 s", "3.00 s"))
-    assert render.mistakes() == ["README.md differs from benchmarks/results."]
+    assert render.mistakes() == ["README.md differs from what it is rendered from."]
 
 
 def test_a_changed_result_is_seen(page):
@@ -152,7 +153,7 @@ def test_a_changed_result_is_seen(page):
     render.write()
     result.measurements[0].runs[0] = 1.5
     result.save()
-    assert render.mistakes() == ["README.md differs from benchmarks/results."]
+    assert render.mistakes() == ["README.md differs from what it is rendered from."]
 
 
 def test_a_picture_of_another_result_is_seen(page):
@@ -206,6 +207,22 @@ def test_the_pages_follow_from_the_results():
     """A number that was pasted into a table of the READMEs fails here: `python -m benchmarks render` puts it right."""
     assert render.mistakes() == []
     assert {result.table for result in render.results()} >= set(TABLES) - {"peers_paper", "gpu_speed", "dtypes"}
+
+
+def test_the_promises_of_the_front_page_follow_from_the_results():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    ours, theirs = (
+        Result.all_of("peers")[0].median("KV cache", tokens=16384, model=model) for model in (OURS, LIKE_PAPER)
+    )
+    assert f"16,384 tokens holds {ours:.1f} MiB, where a Transformer of the same depth holds {theirs:.1f} MiB" in text
+    first = Result.all_of("gpu_prefill")[0]
+    longest = 256 << 10
+    ours_s = first.median("first token", tokens=longest, model=in_chunks(8192), way=SKIPPING)
+    theirs_s = first.median("first token", tokens=longest, model=LIKE_PAPER, way=EVERY_ROW)
+    assert f"{longest / ours_s:,.0f} prompt tokens a second at 256K tokens, {theirs_s / ours_s:.2f} times" in text
+    exact = [one for one in Result.all_of("gpu_exactness")[0].measurements if one.of["dtype"] == "float32"]
+    wrong, tokens = (sum(sum(one.runs) for one in exact if one.name == name) for name in (OTHERS, GREEDY))
+    assert f"In float32 on an H100, {wrong} of {tokens:,} greedy tokens differ" in text
 
 
 def test_results_are_kept_under_their_own_names():

@@ -225,7 +225,7 @@ def choose_chunk(vllm_config: "VllmConfig") -> None:
     scheduler.max_num_batched_tokens = lowered
     logger.info(
         "max_num_batched_tokens is %d for YOCO-U instead of vLLM's default %d: its window caches hold every token in "
-        "flight. Other values are kept; so is this one with vllm-yocou's option lower_chunk (README) set to false.",
+        "flight. Other values are kept; so is this one with vllm-yocou's option lower_chunk set to false.",
         lowered,
         chosen,
     )
