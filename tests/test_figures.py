@@ -92,3 +92,9 @@ def test_the_step_selects_the_rows_that_are_drawn():
     assert f"Cross-decoder: M = {len(selected.rows_M)} rows" in shown
     assert f"M = {len(selected.rows_M)} rows of logits" in shown
     assert f"{starts[-1] - len(selected.rows_M)} rows stop here:" in shown
+
+
+@each_figure
+def test_a_page_shows_it(file: Path):
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    assert any(f"figures/{file.name})" in page.read_text(encoding="utf-8") for page in pages)
