@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation import GenerationMixin
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -24,29 +22,10 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from vllm_yocou.config import YocoUConfig
+from vllm_yocou.reference.cache import YocoUCache
 from vllm_yocou.reference.feed_forward import MLP, MoE, has_shared_expert_gate
+from vllm_yocou.reference.generation import YocoUGenerationMixin
 from vllm_yocou.reference.rope import Rotation, rotate
-
-
-class WindowCacheLayer(DynamicSlidingWindowLayer):
-    """KV cache of one (iteration, layer): the last W - 1 tokens. transformers' own keeps everything at W = 1."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add keys and values (B, K, N, d); return those that this call attends to, (B, K, L, d) each."""
-        keys_BKLd, values_BKLd = super().update(key_states, value_states, *args, **kwargs)
-        if self.sliding_window == 1:
-            self.keys, self.values = keys_BKLd[:, :, :0], values_BKLd[:, :, :0]
-        return keys_BKLd, values_BKLd
-
-
-class YocoUCache(Cache):
-    """T·S window caches, iteration-major (entry t·S + i), followed by the one global cache (entry T·S)."""
-
-    def __init__(self, config: YocoUConfig):
-        windows = config.num_iterations * config.num_self_decoder_layers
-        super().__init__(layers=[*(WindowCacheLayer(config.sliding_window) for _ in range(windows)), DynamicLayer()])
 
 
 class Attention(nn.Module):
@@ -297,7 +276,7 @@ class YocoUModel(YocoUPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BND), past_key_values=cache)
 
 
-class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
+class YocoUForCausalLM(YocoUPreTrainedModel, YocoUGenerationMixin):
     """YocoUModel with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  # as transformers declares it
@@ -308,11 +287,6 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        # generate() would make one cache per stored layer; the model makes its own on the first forward pass.
-        return False
 
     @can_return_tuple
     def forward(
