@@ -54,12 +54,13 @@ class Attention(nn.Module):
         mask: Any,
         sliding_window: int | None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the output (B, N, D), and the weights (B, H, N, L) if the attention function has them."""
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        out_BNHd, _ = attend(
+        out_BNHd, weights_BHNL = attend(
             self, q_BHNd, k_BKLd, v_BKLd, mask, scaling=self.head_dim**-0.5, sliding_window=sliding_window, **kwargs
         )
-        return self.o_proj(out_BNHd.flatten(-2))
+        return self.o_proj(out_BNHd.flatten(-2)), weights_BHNL
 
 
 class WindowAttention(Attention):
@@ -81,7 +82,7 @@ class WindowAttention(Attention):
         mask: Any,
         cache: YocoUCache | None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         k_BKLd = heads_of(self.k_proj(h_BND), self.head_dim, self.k_norm, rotation)
         v_BKLd = heads_of(self.v_proj(h_BND), self.head_dim)
         if cache is not None:
@@ -106,7 +107,7 @@ class CrossAttention(Attention):
         rotation: Rotation | None,
         mask: Any,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.attend(self.query(h_BND, rotation), k_BKLd, v_BKLd, mask, None, **kwargs)
 
 
@@ -150,7 +151,8 @@ class SelfDecoderLayer(DecoderLayer):
         self.self_attn = WindowAttention(config, layer)
 
     def forward(self, x_BND: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.feed_forward(x_BND + self.self_attn(self.input_layernorm(x_BND), *args, **kwargs))
+        attended_BND, _ = self.self_attn(self.input_layernorm(x_BND), *args, **kwargs)
+        return self.feed_forward(x_BND + attended_BND)
 
 
 class CrossDecoderLayer(DecoderLayer):
@@ -161,7 +163,8 @@ class CrossDecoderLayer(DecoderLayer):
         self.cross_attn = CrossAttention(config)
 
     def forward(self, x_BND: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.feed_forward(x_BND + self.cross_attn(self.input_layernorm(x_BND), *args, **kwargs))
+        attended_BND, _ = self.cross_attn(self.input_layernorm(x_BND), *args, **kwargs)
+        return self.feed_forward(x_BND + attended_BND)
 
 
 class Decoder(nn.Module):
@@ -185,7 +188,7 @@ class YocoUPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": DecoderLayer}  # noqa: RUF012  # as transformers declares it
+    _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": Attention}  # noqa: RUF012  # as transformers declares it
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # only a YocoUConfig fits
@@ -228,7 +231,7 @@ class YocoUModel(YocoUPreTrainedModel):
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, Any] | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: YocoUCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -237,8 +240,12 @@ class YocoUModel(YocoUPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """input_ids (B, N), attention_mask (B, past + N), position_ids (B, N) -> last_hidden_state (B, N, D).
 
+        attention_mask may also map "sliding_attention" and "full_attention" to the masks that the attention function
+        takes, as transformers' mask functions make them.
+
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds, or a cache of another model.
+            ValueError: both or neither of input_ids and inputs_embeds, no token, a cache of another model, a mapping of
+                masks without one of the two, or output_attentions with an attention function that returns none.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds: they are two forms of the same thing.")
@@ -247,8 +254,17 @@ class YocoUModel(YocoUPreTrainedModel):
                 f"past_key_values is a {type(past_key_values).__name__}: YOCO-U keeps one window cache per iteration "
                 "and layer and one global cache, leave it out or pass a YocoUCache."
             )
+        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions cannot be used with attn_implementation='{self.config._attn_implementation}': only "
+                "eager attention has weights to return, call set_attn_implementation('eager')."
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError(
+                "there is no token to compute: give at least one (in generate(), prefill_chunk_size needs input_ids)."
+            )
         if use_cache and past_key_values is None:
             past_key_values = YocoUCache(self.config)
         if position_ids is None:
@@ -257,9 +273,14 @@ class YocoUModel(YocoUPreTrainedModel):
 
         cfg, cache = self.config, past_key_values
         x_BND = inputs_embeds * cfg.embedding_multiplier
-        mask_arguments = (cfg, x_BND, attention_mask, cache, position_ids)
-        window_mask = create_sliding_window_causal_mask(*mask_arguments)
-        global_mask = create_causal_mask(*mask_arguments)
+        if isinstance(attention_mask, dict):
+            if missing := {"sliding_attention", "full_attention"} - attention_mask.keys():
+                raise ValueError(f"attention_mask has no '{missing.pop()}': give a mask for each kind of attention.")
+            window_mask, global_mask = attention_mask["sliding_attention"], attention_mask["full_attention"]
+        else:
+            mask_arguments = (cfg, x_BND, attention_mask, cache, position_ids)
+            window_mask = create_sliding_window_causal_mask(*mask_arguments)
+            global_mask = create_causal_mask(*mask_arguments)
         dtype = at_least_float32(x_BND)
         rotation, cross_rotation = Rotation.of(cfg, cfg.head_dim, position_ids, dtype), None
         if cfg.cross_decoder_rope:
@@ -292,7 +313,7 @@ class YocoUForCausalLM(YocoUPreTrainedModel, YocoUGenerationMixin):
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, Any] | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: YocoUCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -322,6 +343,7 @@ class YocoUForCausalLM(YocoUPreTrainedModel, YocoUGenerationMixin):
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
 
