@@ -192,15 +192,22 @@ class YocoUPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # only a YocoUConfig fits
-        cls, pretrained_model_name_or_path: str, *args: Any, config: YocoUConfig | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str,
+        *args: Any,
+        config: YocoUConfig | None = None,
+        quantization_config: Any = None,
+        **kwargs: Any,
     ) -> Any:
+        # Among the other arguments, a quantized checkpoint's config would take quantization_config for its own key.
         if config is None:
             config, kwargs = YocoUConfig.from_pretrained(
                 pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
         if config.leaves_gate_to_weights:
             config.shared_expert_gate = has_shared_expert_gate(pretrained_model_name_or_path)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        kwargs |= dict(config=config, quantization_config=quantization_config)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
