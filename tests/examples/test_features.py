@@ -1,5 +1,6 @@
 """The short examples that need no server, each run as a script, in this process."""
 
+import ast
 import json
 import runpy
 
@@ -7,6 +8,7 @@ import peft
 import pytest
 import torch
 from harness.checkout import ROOT, TRAINED
+from transformers import CompressedTensorsConfig
 
 from vllm_yocou.reference import YocoUForCausalLM
 
@@ -24,8 +26,8 @@ def run(engine, monkeypatch, capsys):
         engine.started.append(start(*args, compilation_config={"mode": 0}, **settings))
         return engine.started[-1]
 
-    def run(name: str, *arguments: str) -> list[str]:
-        path = ROOT / "examples" / "inference" / name
+    def run(name: str, *arguments: str, folder: str = "inference") -> list[str]:
+        path = ROOT / "examples" / folder / name
         monkeypatch.setattr(vllm, "LLM", started)
         monkeypatch.setattr("sys.argv", [str(path), *arguments])
         runpy.run_path(str(path), run_name="__main__")
@@ -79,3 +81,26 @@ def test_structured_output_follows_the_schema(run):
         assert answer.keys() == {"book", "chapter"} and isinstance(answer["chapter"], int)
         assert answer["book"] in ("Genesis", "Exodus", "Psalm", "Isaiah", "Matthew", "John", "Revelation")
         assert 1 <= answer["chapter"] <= 50
+
+
+def behind(model: YocoUForCausalLM, tokenizer, prompt: str, text: str) -> float:
+    """How far, in nats, a greedy answer's tokens are behind the model's best at most."""
+    start, tokens = (len(tokenizer.encode(part)) for part in (prompt, prompt + text))
+    ids = tokenizer(prompt + text, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        logits = model(ids).logits[0, start - 1 : tokens - 1]
+    return (logits.amax(-1) - logits.gather(-1, ids[0, start:, None])[:, 0]).max().item()
+
+
+@pytest.mark.parametrize("name, size", [("fp8", 0.65), pytest.param("w4a16", 0.48, marks=pytest.mark.slow)])
+def test_a_quantized_checkpoint_is_smaller_and_answers_as_its_weights_do(name, size, run, tokenizer, tmp_path):
+    """transformers reads the weights back in float32, so that bfloat16 may decide a near tie otherwise."""
+    printed = run("quantize.py", name, str(tmp_path), folder="training")
+    pairs = [line.split(" -> ") for line in printed if line.startswith(("'In ", "'And "))]
+    answers = {ast.literal_eval(prompt): ast.literal_eval(text) for prompt, text in pairs}
+    settings = dict(dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True))
+    quantized = YocoUForCausalLM.from_pretrained(tmp_path, **settings).eval()
+    assert answers.keys() == {BEGINNING, SAYING}
+    assert max(behind(quantized, tokenizer, *answer) for answer in answers.items()) < 0.1
+    written, plain = ((folder / "model.safetensors").stat().st_size for folder in (tmp_path, TRAINED))
+    assert written < plain * size

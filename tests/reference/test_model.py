@@ -5,6 +5,7 @@ import torch
 from harness import naive, tiny
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from vllm_yocou.reference import YocoUCache, YocoUForCausalLM
 
@@ -94,6 +95,50 @@ def test_attention_implementations_agree():
     sdpa = model(ids(40)).logits
     model.set_attn_implementation("eager")
     torch.testing.assert_close(model(ids(40)).logits, sdpa, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_mapping_of_masks_is_the_plain_mask(implementation):
+    """transformers' interface for hybrid models; the batch is padded on the left."""
+    model = tiny.model(tiny.config())
+    model.set_attn_implementation(implementation)
+    tokens = ids(80).view(2, 40)
+    plain = torch.ones_like(tokens)
+    plain[0, :13] = 0
+    arguments = (model.config, model.get_input_embeddings()(tokens), plain, None)
+    masks = {
+        "sliding_attention": create_sliding_window_causal_mask(*arguments),
+        "full_attention": create_causal_mask(*arguments),
+    }
+    expected = model(tokens, attention_mask=plain).logits
+    torch.testing.assert_close(model(tokens, attention_mask=masks).logits, expected, rtol=0, atol=0)
+    del masks["full_attention"]
+    with pytest.raises(ValueError, match="attention_mask has no 'full_attention': give a mask for each"):
+        model(tokens, attention_mask=masks)
+
+
+@torch.no_grad()
+def test_attentions_have_one_entry_for_each_layer_pass():
+    model = tiny.model(tiny.config())
+    with pytest.raises(ValueError, match=r"output_attentions cannot be used with attn_implementation='sdpa': .*eager"):
+        model(ids(40), output_attentions=True)
+    model.set_attn_implementation("eager")
+    cfg = model.config
+    weights = model(ids(40), output_attentions=True).attentions
+    seen = [W for W, passes in ((16, 6), (40, cfg.num_cross_decoder_layers)) for _ in range(passes)]
+    assert [int((w[0, 0, -1] > 0).sum()) for w in weights] == seen
+    for weights_BHNL in weights:
+        torch.testing.assert_close(weights_BHNL.sum(-1), torch.ones(1, 4, 40))
+
+
+def test_a_call_without_tokens_is_refused():
+    model = tiny.model(tiny.config())
+    with pytest.raises(ValueError, match="there is no token to compute: give at least one"):
+        model(ids(9)[:, :0])
+    embeddings = model.get_input_embeddings()(ids(9))
+    with pytest.raises(ValueError, match="prefill_chunk_size needs input_ids"):
+        model.generate(inputs_embeds=embeddings, max_new_tokens=2, prefill_chunk_size=4)
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from vllm_yocou.config import YocoUConfig
-from vllm_yocou.reference.model import YocoUCache, YocoUForCausalLM, YocoUModel, YocoUPreTrainedModel
+from vllm_yocou.reference.cache import YocoUCache
+from vllm_yocou.reference.model import YocoUForCausalLM, YocoUModel, YocoUPreTrainedModel
 
 __all__ = ["YocoUCache", "YocoUForCausalLM", "YocoUModel", "YocoUPreTrainedModel"]
 

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation import GenerationMixin
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -24,29 +22,10 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from vllm_yocou.config import YocoUConfig
+from vllm_yocou.reference.cache import YocoUCache
 from vllm_yocou.reference.feed_forward import MLP, MoE, has_shared_expert_gate
+from vllm_yocou.reference.generation import YocoUGenerationMixin
 from vllm_yocou.reference.rope import Rotation, rotate
-
-
-class WindowCacheLayer(DynamicSlidingWindowLayer):
-    """KV cache of one (iteration, layer): the last W - 1 tokens. transformers' own keeps everything at W = 1."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add keys and values (B, K, N, d); return those that this call attends to, (B, K, L, d) each."""
-        keys_BKLd, values_BKLd = super().update(key_states, value_states, *args, **kwargs)
-        if self.sliding_window == 1:
-            self.keys, self.values = keys_BKLd[:, :, :0], values_BKLd[:, :, :0]
-        return keys_BKLd, values_BKLd
-
-
-class YocoUCache(Cache):
-    """T·S window caches, iteration-major (entry t·S + i), followed by the one global cache (entry T·S)."""
-
-    def __init__(self, config: YocoUConfig):
-        windows = config.num_iterations * config.num_self_decoder_layers
-        super().__init__(layers=[*(WindowCacheLayer(config.sliding_window) for _ in range(windows)), DynamicLayer()])
 
 
 class Attention(nn.Module):
@@ -75,12 +54,13 @@ class Attention(nn.Module):
         mask: Any,
         sliding_window: int | None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the output (B, N, D), and the weights (B, H, N, L) if the attention function has them."""
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        out_BNHd, _ = attend(
+        out_BNHd, weights_BHNL = attend(
             self, q_BHNd, k_BKLd, v_BKLd, mask, scaling=self.head_dim**-0.5, sliding_window=sliding_window, **kwargs
         )
-        return self.o_proj(out_BNHd.flatten(-2))
+        return self.o_proj(out_BNHd.flatten(-2)), weights_BHNL
 
 
 class WindowAttention(Attention):
@@ -102,7 +82,7 @@ class WindowAttention(Attention):
         mask: Any,
         cache: YocoUCache | None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         k_BKLd = heads_of(self.k_proj(h_BND), self.head_dim, self.k_norm, rotation)
         v_BKLd = heads_of(self.v_proj(h_BND), self.head_dim)
         if cache is not None:
@@ -127,7 +107,7 @@ class CrossAttention(Attention):
         rotation: Rotation | None,
         mask: Any,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.attend(self.query(h_BND, rotation), k_BKLd, v_BKLd, mask, None, **kwargs)
 
 
@@ -171,7 +151,8 @@ class SelfDecoderLayer(DecoderLayer):
         self.self_attn = WindowAttention(config, layer)
 
     def forward(self, x_BND: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.feed_forward(x_BND + self.self_attn(self.input_layernorm(x_BND), *args, **kwargs))
+        attended_BND, _ = self.self_attn(self.input_layernorm(x_BND), *args, **kwargs)
+        return self.feed_forward(x_BND + attended_BND)
 
 
 class CrossDecoderLayer(DecoderLayer):
@@ -182,7 +163,8 @@ class CrossDecoderLayer(DecoderLayer):
         self.cross_attn = CrossAttention(config)
 
     def forward(self, x_BND: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.feed_forward(x_BND + self.cross_attn(self.input_layernorm(x_BND), *args, **kwargs))
+        attended_BND, _ = self.cross_attn(self.input_layernorm(x_BND), *args, **kwargs)
+        return self.feed_forward(x_BND + attended_BND)
 
 
 class Decoder(nn.Module):
@@ -206,19 +188,26 @@ class YocoUPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": DecoderLayer}  # noqa: RUF012  # as transformers declares it
+    _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": Attention}  # noqa: RUF012  # as transformers declares it
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # only a YocoUConfig fits
-        cls, pretrained_model_name_or_path: str, *args: Any, config: YocoUConfig | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str,
+        *args: Any,
+        config: YocoUConfig | None = None,
+        quantization_config: Any = None,
+        **kwargs: Any,
     ) -> Any:
+        # Among the other arguments, a quantized checkpoint's config would take quantization_config for its own key.
         if config is None:
             config, kwargs = YocoUConfig.from_pretrained(
                 pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
         if config.leaves_gate_to_weights:
             config.shared_expert_gate = has_shared_expert_gate(pretrained_model_name_or_path)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        kwargs |= dict(config=config, quantization_config=quantization_config)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
@@ -249,7 +238,7 @@ class YocoUModel(YocoUPreTrainedModel):
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, Any] | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: YocoUCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -258,8 +247,12 @@ class YocoUModel(YocoUPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """input_ids (B, N), attention_mask (B, past + N), position_ids (B, N) -> last_hidden_state (B, N, D).
 
+        attention_mask may also map "sliding_attention" and "full_attention" to the masks that the attention function
+        takes, as transformers' mask functions make them.
+
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds, or a cache of another model.
+            ValueError: both or neither of input_ids and inputs_embeds, no token, a cache of another model, a mapping of
+                masks without one of the two, or output_attentions with an attention function that returns none.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds: they are two forms of the same thing.")
@@ -268,8 +261,17 @@ class YocoUModel(YocoUPreTrainedModel):
                 f"past_key_values is a {type(past_key_values).__name__}: YOCO-U keeps one window cache per iteration "
                 "and layer and one global cache, leave it out or pass a YocoUCache."
             )
+        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions cannot be used with attn_implementation='{self.config._attn_implementation}': only "
+                "eager attention has weights to return, call set_attn_implementation('eager')."
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError(
+                "there is no token to compute: give at least one (in generate(), prefill_chunk_size needs input_ids)."
+            )
         if use_cache and past_key_values is None:
             past_key_values = YocoUCache(self.config)
         if position_ids is None:
@@ -278,9 +280,14 @@ class YocoUModel(YocoUPreTrainedModel):
 
         cfg, cache = self.config, past_key_values
         x_BND = inputs_embeds * cfg.embedding_multiplier
-        mask_arguments = (cfg, x_BND, attention_mask, cache, position_ids)
-        window_mask = create_sliding_window_causal_mask(*mask_arguments)
-        global_mask = create_causal_mask(*mask_arguments)
+        if isinstance(attention_mask, dict):
+            if missing := {"sliding_attention", "full_attention"} - attention_mask.keys():
+                raise ValueError(f"attention_mask has no '{missing.pop()}': give a mask for each kind of attention.")
+            window_mask, global_mask = attention_mask["sliding_attention"], attention_mask["full_attention"]
+        else:
+            mask_arguments = (cfg, x_BND, attention_mask, cache, position_ids)
+            window_mask = create_sliding_window_causal_mask(*mask_arguments)
+            global_mask = create_causal_mask(*mask_arguments)
         dtype = at_least_float32(x_BND)
         rotation, cross_rotation = Rotation.of(cfg, cfg.head_dim, position_ids, dtype), None
         if cfg.cross_decoder_rope:
@@ -297,7 +304,7 @@ class YocoUModel(YocoUPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BND), past_key_values=cache)
 
 
-class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
+class YocoUForCausalLM(YocoUPreTrainedModel, YocoUGenerationMixin):
     """YocoUModel with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  # as transformers declares it
@@ -309,16 +316,11 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        # generate() would make one cache per stored layer; the model makes its own on the first forward pass.
-        return False
-
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, Any] | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: YocoUCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -348,6 +350,7 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
 
