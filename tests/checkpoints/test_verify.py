@@ -42,3 +42,21 @@ def test_scales_of_kv_caches_are_named(quantized):
     weights = tiny.model(cfg).state_dict() | {scale: torch.ones(())}
     with pytest.raises(ValueError, match=f"unexpected: {scale}"):
         list(verified(weights.items(), cfg, quantized))
+
+
+GATE = "model.self_decoder.layers.1.mlp.shared_expert_gate.weight"
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_gates_fit_as_the_config_says(gated):
+    """It says that there are some, or none, or it leaves that to the weights: then there are all of them or none."""
+    weights = tiny.model(tiny.moe_config(shared_expert_gate=gated)).state_dict()
+    for said in (gated, None):
+        assert dict(verified(weights.items(), tiny.moe_config(shared_expert_gate=said))).keys() == weights.keys()
+    kind = "unexpected" if gated else "missing"
+    with pytest.raises(ValueError, match=rf"does not fit its config\.json, {kind}: .*{GATE}"):
+        list(verified(weights.items(), tiny.moe_config(shared_expert_gate=not gated)))
+    if gated:
+        del weights[GATE]
+        with pytest.raises(ValueError, match=f"missing: {GATE}"):
+            list(verified(weights.items(), tiny.moe_config()))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vllm_yocou.checkpoints.format import deviations, expected_shapes, listed
+from vllm_yocou.checkpoints.format import deviations, expected_shapes, listed, undecided_shapes
 from vllm_yocou.checkpoints.tensors import weight_files
 from vllm_yocou.config import YocoUConfig
 
@@ -40,7 +40,8 @@ def verified(
     A quantized checkpoint stores several tensors for a matrix, under names of its method. Every matrix must have those
     that others of its kind have: vLLM would leave what is missing of them as it was allocated.
     """
-    expected = expected_shapes(config)
+    undecided = undecided_shapes(config)
+    expected = expected_shapes(config) | undecided
     missing, unexpected, misshapen, not_finite = set(expected), [], [], []
     stored: dict[str, dict[str, torch.dtype]] = {}
     for name, tensor in weights:
@@ -63,6 +64,8 @@ def verified(
             misshapen.append(f"{name} is of {tensor.dtype} instead of a floating-point type")
         else:
             yield name, tensor
+    if missing.issuperset(undecided):
+        missing.difference_update(undecided)
     missing.update(_missing_parts(stored))
     if problems := deviations(sorted(missing), unexpected, misshapen):
         raise ValueError(
