@@ -60,3 +60,11 @@ def test_gates_fit_as_the_config_says(gated):
         del weights[GATE]
         with pytest.raises(ValueError, match=f"missing: {GATE}"):
             list(verified(weights.items(), tiny.moe_config()))
+
+
+def test_a_tensor_that_is_there_twice_is_named():
+    """The later one would win, whichever that is: another model's file beside it, by its name in the alphabet."""
+    cfg = tiny.config()
+    weights = list(tiny.model(cfg).state_dict().items())
+    with pytest.raises(ValueError, match=r"holds model\.norm\.weight twice: .* move those of other models"):
+        list(verified([*weights, ("model.norm.weight", torch.ones(cfg.hidden_size))], cfg))

@@ -35,7 +35,7 @@ def check_files(folder: Path) -> None:
 def verified(
     weights: Iterable[tuple[str, torch.Tensor]], config: YocoUConfig, quantized: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass on the tensors that fit; then raise ValueError if any was missing, unexpected, misshapen or not finite.
+    """Pass on the tensors that fit; then raise ValueError for what was missing, unexpected, misshapen, doubled or NaN.
 
     A quantized checkpoint stores several tensors for a matrix, under names of its method. Every matrix must have those
     that others of its kind have: vLLM would leave what is missing of them as it was allocated.
@@ -44,7 +44,11 @@ def verified(
     expected = expected_shapes(config) | undecided
     missing, unexpected, misshapen, not_finite = set(expected), [], [], []
     stored: dict[str, dict[str, torch.dtype]] = {}
+    seen, twice = set(), []
     for name, tensor in weights:
+        if name in seen:
+            twice.append(name)
+        seen.add(name)
         matrix, _, part = name.rpartition(".")
         belongs = quantized and len(expected.get(f"{matrix}.weight", ())) == 2
         missing.discard(f"{matrix}.weight" if belongs else name)
@@ -70,6 +74,11 @@ def verified(
     if problems := deviations(sorted(missing), unexpected, misshapen):
         raise ValueError(
             f"the checkpoint does not fit its config.json, {problems}. Correct the config or convert again."
+        )
+    if twice:
+        raise ValueError(
+            f"the checkpoint holds {listed(twice)} twice: without an index vLLM loads every *.safetensors file in a "
+            "folder, move those of other models elsewhere."
         )
     if not_finite:
         raise ValueError(
