@@ -46,7 +46,7 @@ class Hub:
 
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
-    protocol_version = "HTTP/1.1"
+    protocol_version = "HTTP/1.0"  # a connection that a client kept would lead to the hub of an earlier test
 
     def do_HEAD(self) -> None:
         self.answer(body=False)
