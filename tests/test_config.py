@@ -60,6 +60,7 @@ IMPOSSIBLE = [
         "num_experts_per_tok is 5 of num_experts 4",
     ),
     (dict(shared_expert_intermediate_size=8), "shared_expert_intermediate_size is 8 without num_experts"),
+    (dict(shared_expert_gate=True), "shared_expert_gate is True without shared_expert_intermediate_size"),
     (
         dict(layer_types=["full_attention"] * 4),
         "config key 'layer_types' is .* it follows from the other keys, remove it",

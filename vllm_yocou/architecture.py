@@ -206,6 +206,11 @@ class Architecture:
                 f"shared_expert_intermediate_size is {self.shared_expert_intermediate_size} without "
                 f"{', '.join(MOE_KEYS)}: a dense model has no shared expert, remove it or give all of them."
             )
+        if self.shared_expert_gate and self.shared_expert_intermediate_size is None:
+            raise ValueError(
+                "shared_expert_gate is True without shared_expert_intermediate_size: there is no shared expert to "
+                "gate, remove the one or give the other."
+            )
 
     def _check_token_ids(self) -> None:
         for key in TOKEN_IDS:

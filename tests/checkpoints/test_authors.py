@@ -29,6 +29,7 @@ def test_it_computes_the_same(config, tmp_path):
     torch.testing.assert_close(converted_logits(destination), expected, atol=2e-5, rtol=2e-5)
     saved = json.loads((destination / "config.json").read_text())
     assert (saved["model_type"], saved["sliding_window"], saved["eos_token_id"]) == ("yoco_u", 7, 1)
+    assert saved["shared_expert_gate"] is bool(config["moe"])  # the weights, which hold one, need not be asked
     assert (destination / "tokenizer.json").exists()
 
 

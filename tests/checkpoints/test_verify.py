@@ -42,3 +42,29 @@ def test_scales_of_kv_caches_are_named(quantized):
     weights = tiny.model(cfg).state_dict() | {scale: torch.ones(())}
     with pytest.raises(ValueError, match=f"unexpected: {scale}"):
         list(verified(weights.items(), cfg, quantized))
+
+
+GATE = "model.self_decoder.layers.1.mlp.shared_expert_gate.weight"
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_gates_fit_as_the_config_says(gated):
+    """It says that there are some, or none, or it leaves that to the weights: then there are all of them or none."""
+    weights = tiny.model(tiny.moe_config(shared_expert_gate=gated)).state_dict()
+    for said in (gated, None):
+        assert dict(verified(weights.items(), tiny.moe_config(shared_expert_gate=said))).keys() == weights.keys()
+    kind = "unexpected" if gated else "missing"
+    with pytest.raises(ValueError, match=rf"does not fit its config\.json, {kind}: .*{GATE}"):
+        list(verified(weights.items(), tiny.moe_config(shared_expert_gate=not gated)))
+    if gated:
+        del weights[GATE]
+        with pytest.raises(ValueError, match=f"missing: {GATE}"):
+            list(verified(weights.items(), tiny.moe_config()))
+
+
+def test_a_tensor_that_is_there_twice_is_named():
+    """The later one would win, whichever that is: another model's file beside it, by its name in the alphabet."""
+    cfg = tiny.config()
+    weights = list(tiny.model(cfg).state_dict().items())
+    with pytest.raises(ValueError, match=r"holds model\.norm\.weight twice: .* move those of other models"):
+        list(verified([*weights, ("model.norm.weight", torch.ones(cfg.hidden_size))], cfg))

@@ -63,10 +63,19 @@ def test_kv(checkpoint, capsys, monkeypatch):
 
 
 def test_a_mixtures_config_alone(tmp_path, capsys, monkeypatch):
-    tiny.moe_config().save_pretrained(tmp_path)
-    for command in ("kv", "info"):
-        code, _, error = run(capsys, monkeypatch, command, tmp_path / "config.json")
-        assert (code, error) == (0, "")
+    """A gate that is left to the weights is named and not counted, wherever those are: nothing is downloaded."""
+    printed = {}
+    for gate in (None, False, True):
+        tiny.moe_config(shared_expert_gate=gate).save_pretrained(tmp_path)
+        for command in ("kv", "info"):
+            code, out, error = run(capsys, monkeypatch, command, tmp_path / "config.json", "--json")
+            assert (code, error) == (0, "")
+        printed[gate] = json.loads(out)
+    assert printed[None].pop("shared_expert_gate") == "left to the weights, and not counted"
+    assert printed[False].pop("shared_expert_gate") is None
+    assert printed[None] == printed[False]
+    layers, width = tiny.config().num_hidden_layers, tiny.config().hidden_size
+    assert printed[True]["parameters"] == printed[False]["parameters"] + layers * width
 
 
 def test_info(checkpoint, capsys, monkeypatch):

@@ -9,7 +9,7 @@ from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
 from vllm_yocou.rows import v1_runner
-from vllm_yocou.serving.engine_settings import CHUNK_ON_CPU, CHUNK_ON_GPU, longest_chunk
+from vllm_yocou.serving.engine_settings import CHUNK_ON_CPU, CHUNK_ON_GPU, NAMELESS, longest_chunk
 
 REFUSED = [
     (dict(pipeline_parallel_size=2), "Pipeline parallelism is not supported for this model"),
@@ -110,12 +110,19 @@ def test_what_experts_allow(tmp_path):
         configured(str(tmp_path), enable_lora=True)
 
 
-@pytest.mark.parametrize("gated", [True, False])
-def test_the_weights_say_whether_the_shared_expert_is_gated(gated, tmp_path):
-    model = tiny.model(tiny.moe_config(shared_expert_gate=gated))
-    model.config.shared_expert_gate = None
-    model.save_pretrained(tmp_path)
-    assert configured(str(tmp_path)).model_config.hf_config.shared_expert_gate is gated
+def test_a_gate_that_is_left_to_the_weights(tmp_path):
+    """They are not looked at before they are loaded; where no names are loaded, nothing could decide later."""
+    tiny.moe_config(architectures=["YocoUForCausalLM"]).save_pretrained(tmp_path)
+
+    def gate(**settings):
+        return configured(str(tmp_path), **settings).model_config.hf_config.shared_expert_gate
+
+    assert gate() is None
+    assert gate(load_format="dummy") is False
+    assert gate(load_format="sharded_state", hf_overrides={"shared_expert_gate": True}) is True
+    for load_format in NAMELESS:
+        with pytest.raises(ValueError, match=f"--load-format {load_format} cannot be used with a config.json that"):
+            gate(load_format=load_format)
 
 
 def test_the_window_stays_with_the_layers_that_have_one(checkpoint):

@@ -42,6 +42,15 @@ def expected_shapes(config: Architecture) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def undecided_shapes(config: Architecture) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of which a checkpoint has all or none, where its config leaves that to them: the gates' names."""
+    if not config.leaves_gate_to_weights:
+        return {}
+    sides = (("self", config.num_self_decoder_layers), ("cross", config.num_cross_decoder_layers))
+    layers = (f"model.{side}_decoder.layers.{i}" for side, count in sides for i in range(count))
+    return {f"{layer}.mlp.shared_expert_gate.weight": (1, config.hidden_size) for layer in layers}
+
+
 def _layer_shapes(layer: str, config: Architecture) -> dict[str, tuple[int, ...]]:
     D, E, width = config.hidden_size, config.num_experts, config.moe_intermediate_size
     shapes: dict[str, tuple[int, ...]] = {

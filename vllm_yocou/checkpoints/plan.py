@@ -83,7 +83,5 @@ def plan(source: Source, destination: Path, dtype: str | None = None) -> Plan:
             steps.append(Step(name, target, tensor, DTYPES[dtype] if dtype else tensor.dtype))
     if problems := deviations(sorted(missing), mapping.unexpected, misshapen):
         raise ValueError(f"the source does not fit its config, {problems}. Correct the config or the source.")
-    # The format says by the weights alone whether a shared expert is gated.
-    mapping.config.shared_expert_gate = None
     mapping.config.dtype = str(steps[0].dtype).removeprefix("torch.")
     return Plan(source.folder, destination, mapping.config, steps, mapping.left_out)

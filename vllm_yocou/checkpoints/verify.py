@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vllm_yocou.checkpoints.format import deviations, expected_shapes, listed
+from vllm_yocou.checkpoints.format import deviations, expected_shapes, listed, undecided_shapes
 from vllm_yocou.checkpoints.tensors import weight_files
 from vllm_yocou.config import YocoUConfig
 
@@ -35,15 +35,20 @@ def check_files(folder: Path) -> None:
 def verified(
     weights: Iterable[tuple[str, torch.Tensor]], config: YocoUConfig, quantized: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass on the tensors that fit; then raise ValueError if any was missing, unexpected, misshapen or not finite.
+    """Pass on the tensors that fit; then raise ValueError for what was missing, unexpected, misshapen, doubled or NaN.
 
     A quantized checkpoint stores several tensors for a matrix, under names of its method. Every matrix must have those
     that others of its kind have: vLLM would leave what is missing of them as it was allocated.
     """
-    expected = expected_shapes(config)
+    undecided = undecided_shapes(config)
+    expected = expected_shapes(config) | undecided
     missing, unexpected, misshapen, not_finite = set(expected), [], [], []
     stored: dict[str, dict[str, torch.dtype]] = {}
+    seen, twice = set(), []
     for name, tensor in weights:
+        if name in seen:
+            twice.append(name)
+        seen.add(name)
         matrix, _, part = name.rpartition(".")
         belongs = quantized and len(expected.get(f"{matrix}.weight", ())) == 2
         missing.discard(f"{matrix}.weight" if belongs else name)
@@ -63,10 +68,17 @@ def verified(
             misshapen.append(f"{name} is of {tensor.dtype} instead of a floating-point type")
         else:
             yield name, tensor
+    if missing.issuperset(undecided):
+        missing.difference_update(undecided)
     missing.update(_missing_parts(stored))
     if problems := deviations(sorted(missing), unexpected, misshapen):
         raise ValueError(
             f"the checkpoint does not fit its config.json, {problems}. Correct the config or convert again."
+        )
+    if twice:
+        raise ValueError(
+            f"the checkpoint holds {listed(twice)} twice: without an index vLLM loads every *.safetensors file in a "
+            "folder, move those of other models elsewhere."
         )
     if not_finite:
         raise ValueError(

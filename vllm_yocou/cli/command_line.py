@@ -9,7 +9,6 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import typer
@@ -95,10 +94,6 @@ def info(
             Console().print(_table_of(report))
         return
     config = read_architecture(model)
-    if config.leaves_gate_to_weights and not Path(model).is_file():  # a config.json alone has no weights to say it
-        from vllm_yocou.reference.feed_forward import has_shared_expert_gate
-
-        config.shared_expert_gate = has_shared_expert_gate(model)
     facts: dict[str, int | str | None] = {
         "self_decoder_layers": config.num_self_decoder_layers,
         "cross_decoder_layers": config.num_cross_decoder_layers,
@@ -110,6 +105,7 @@ def info(
         "cross_decoder_heads": f"{config.cross_num_attention_heads} query, {config.cross_num_key_value_heads} KV of "
         f"{config.cross_head_dim}",
         "experts": f"{config.num_experts_per_tok} of {config.num_experts}" if config.is_moe else None,
+        "shared_expert_gate": "left to the weights, and not counted" if config.leaves_gate_to_weights else None,
         "parameters": sizing.stored_parameters(config),
         "active_parameters": sizing.active_parameters(config),
         f"flops_a_token_at_{context}": sizing.flops(config, context),

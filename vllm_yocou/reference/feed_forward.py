@@ -3,18 +3,11 @@
 Shapes: B sequences, N tokens, D hidden_size, E experts, k experts that a token uses.
 """
 
-import json
-from pathlib import Path
-
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
-from transformers.utils.hub import cached_file
 
 from vllm_yocou.config import YocoUConfig
-
-SHARED_EXPERT_GATE = "shared_expert_gate.weight"
 
 
 class MLP(nn.Module):
@@ -47,6 +40,10 @@ class MoE(nn.Module):
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
+    def drop_gate(self) -> None:
+        """Take away a gate that was built before anyone knew that the weights hold none."""
+        self.shared_expert_gate = None
+
     def forward(self, h_BND: torch.Tensor) -> torch.Tensor:
         h_ND = h_BND.flatten(0, -2)
         probabilities_NE = self.gate(h_ND).softmax(-1, dtype=torch.promote_types(h_ND.dtype, torch.float32))
@@ -64,21 +61,3 @@ class MoE(nn.Module):
                 shared_ND = shared_ND * self.shared_expert_gate(h_ND).sigmoid()
             out_ND = out_ND + shared_ND
         return out_ND.view_as(h_BND)
-
-
-def has_shared_expert_gate(checkpoint: str) -> bool:
-    """Whether a checkpoint's safetensors hold a shared-expert gate: the format says so by the weight alone.
-
-    False if the checkpoint has no safetensors, like one whose model gets random weights.
-    """
-    index, single = (
-        cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False)
-        for name in ("model.safetensors.index.json", "model.safetensors")
-    )
-    names = []
-    if index is not None:
-        names = json.loads(Path(index).read_text())["weight_map"]
-    elif single is not None:
-        with safe_open(single, framework="pt") as file:
-            names = list(file.keys())
-    return any(name.endswith(SHARED_EXPERT_GATE) for name in names)

@@ -19,13 +19,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.loading_report import LoadStateDictInfo
 from transformers.utils.output_capturing import capture_outputs
 
 from vllm_yocou.config import YocoUConfig
 from vllm_yocou.reference.cache import YocoUCache
-from vllm_yocou.reference.feed_forward import MLP, MoE, has_shared_expert_gate
+from vllm_yocou.reference.feed_forward import MLP, MoE
 from vllm_yocou.reference.generation import YocoUGenerationMixin
 from vllm_yocou.reference.rope import Rotation, rotate
+from vllm_yocou.reference.shared_expert_gate import decide, left_to_weights, weights_follow
 
 
 class Attention(nn.Module):
@@ -176,7 +178,7 @@ class Decoder(nn.Module):
 
 
 class YocoUPreTrainedModel(PreTrainedModel):
-    """What transformers wants to know of both model classes, and how a checkpoint says that its gate exists."""
+    """What transformers wants to know of both model classes, and when it lets weights decide on a gate."""
 
     config_class = YocoUConfig
     config: YocoUConfig
@@ -190,24 +192,22 @@ class YocoUPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": Attention}  # noqa: RUF012  # as transformers declares it
 
+    def __init__(self, config: YocoUConfig):
+        super().__init__(config)
+        self.gate_is_left_to_weights = left_to_weights(config)
+
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # only a YocoUConfig fits
-        cls,
-        pretrained_model_name_or_path: str,
-        *args: Any,
-        config: YocoUConfig | None = None,
-        quantization_config: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        # Among the other arguments, a quantized checkpoint's config would take quantization_config for its own key.
-        if config is None:
-            config, kwargs = YocoUConfig.from_pretrained(
-                pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
-            )
-        if config.leaves_gate_to_weights:
-            config.shared_expert_gate = has_shared_expert_gate(pretrained_model_name_or_path)
-        kwargs |= dict(config=config, quantization_config=quantization_config)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+    def get_init_context(cls, *args: Any, **kwargs: Any) -> list:
+        """What transformers enters to build a model whose weights it loads next."""
+        return [*super().get_init_context(*args, **kwargs), weights_follow()]
+
+    @staticmethod
+    def _finalize_model_loading(
+        model: "YocoUPreTrainedModel", load_config: Any, loading_info: LoadStateDictInfo
+    ) -> LoadStateDictInfo:
+        """What transformers does once weights are loaded, before it initializes those that were missing."""
+        decide(model, model.config, model.gate_is_left_to_weights, loading_info)
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:

@@ -240,6 +240,7 @@ LAYERS = (
         "its shared experts are this layer",
         "serving/test_feed_forward.py",
         takes="expert_gate prefix quant_config reduce_results",
+        mentions="expert_gate",
     ),
     Seam(
         "vllm.model_executor.layers.fused_moe:FusedMoEFactory",

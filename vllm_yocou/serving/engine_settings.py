@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from vllm_yocou.config import YocoUConfig
 
 SPECULATIVE_METHODS = ("ngram",)
+# Load formats in which vLLM copies tensors into a model without calling its `load_weights`.
+NAMELESS = ("ipc_cache", "runai_streamer_sharded", "sharded_state", "tensorizer")
 
 # A window cache holds every token in flight, so tokens a step are memory a request: with T·S = 36 caches of 512 tokens
 # and 32k tokens of context, 49 MiB in decode become 87 at 1024, 339 at 8192, and 1185 (as much as without windows) at
@@ -159,13 +161,23 @@ def check_compilation_mode(vllm_config: "VllmConfig") -> None:
         )
 
 
-def find_shared_expert_gate(vllm_config: "VllmConfig") -> None:
-    """The weights alone may say whether a shared expert is gated."""
-    from vllm_yocou.reference.feed_forward import has_shared_expert_gate
+def decide_gate_without_names(vllm_config: "VllmConfig") -> None:
+    """Weights decide whether a shared expert is gated where the model sees their names, as with most load formats.
 
-    model_config = vllm_config.model_config
-    if model_config.hf_config.leaves_gate_to_weights:
-        model_config.hf_config.shared_expert_gate = has_shared_expert_gate(model_config.model)
+    Raises:
+        ValueError: it does not see the names of stored weights. Random ones have no gate.
+    """
+    config, load_format = vllm_config.model_config.hf_config, vllm_config.load_config.load_format
+    if not config.leaves_gate_to_weights:
+        return
+    if load_format == "dummy":
+        config.shared_expert_gate = False
+    if load_format in NAMELESS:
+        raise ValueError(
+            f"--load-format {load_format} cannot be used with a config.json that leaves shared_expert_gate to the "
+            "weights: vLLM copies them without asking the model, set the key to true or false there or with "
+            "--hf-overrides."
+        )
 
 
 def list_experts_by_call(vllm_config: "VllmConfig") -> None:
@@ -281,7 +293,7 @@ REFUSALS = (
     check_compilation_mode,
     check_packing,
 )
-ADJUSTMENTS = (find_shared_expert_gate, list_experts_by_call, choose_compilation, choose_chunk)
+ADJUSTMENTS = (decide_gate_without_names, list_experts_by_call, choose_compilation, choose_chunk)
 HOOKS = (expose_metrics, observe_requests, warn_of_seed)
 
 

@@ -26,9 +26,10 @@ class MixtureOfExperts(nn.Module):
         # A config has all three or none.
         assert config.num_experts and config.num_experts_per_tok and config.moe_intermediate_size
         self.gate = GateLinear(config.hidden_size, config.num_experts, prefix=f"{prefix}.gate")
-        self.shared_expert: nn.Module | None = None
+        self.shared_expert: Qwen2MoeMLP | None = None
         self.shared_expert_gate: nn.Module | None = None
-        if config.shared_expert_gate:
+        # Where the config says nothing, `drop_gate` follows if the weights hold none.
+        if config.shared_expert_gate or config.leaves_gate_to_weights:
             self.shared_expert_gate = ReplicatedLinear(
                 config.hidden_size, 1, bias=False, prefix=f"{prefix}.shared_expert_gate"
             )
@@ -53,9 +54,29 @@ class MixtureOfExperts(nn.Module):
             prefix=f"{prefix}.experts",
         )
 
+    def drop_gate(self) -> None:
+        """Take the shared expert's gate away: the weights that were loaded hold none."""
+        self.shared_expert_gate = None
+        if self.shared_expert is not None:
+            self.shared_expert.expert_gate = None
+
     def forward(self, h_ND: torch.Tensor) -> torch.Tensor:
         logits_NE, _ = self.gate(h_ND)
         return self.experts(hidden_states=h_ND, router_logits=logits_NE)
+
+
+def decide_gate(model: nn.Module, config: YocoUConfig, loaded: set[str]) -> None:
+    """Let the names of the weights that were loaded say whether shared experts are gated, if `config` does not.
+
+    Nothing is compiled before, and what compiled code is kept under has `config` in it.
+    """
+    if not config.leaves_gate_to_weights:
+        return
+    config.shared_expert_gate = any(".shared_expert_gate." in name for name in loaded)
+    if not config.shared_expert_gate:
+        for module in model.modules():
+            if isinstance(module, MixtureOfExperts):
+                module.drop_gate()
 
 
 def feed_forward(vllm_config: VllmConfig, prefix: str) -> nn.Module:

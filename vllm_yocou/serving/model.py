@@ -36,6 +36,7 @@ from vllm_yocou.serving.compilation import (
     warmed_up_by_one_pass,
     without_piecewise_graphs,
 )
+from vllm_yocou.serving.feed_forward import decide_gate
 from vllm_yocou.serving.layers import CrossDecoderLayer, GlobalKV, SelfDecoderLayer
 from vllm_yocou.serving.lora import SelectedRowsAdapters
 
@@ -236,4 +237,6 @@ class YocoUForCausalLM(nn.Module, SupportsLoRA):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         fitting = verified(weights, self.config, self.quantized)
-        return AutoWeightsLoader(self).load_weights(fitting, mapper=self.hf_to_vllm_mapper)
+        loaded = AutoWeightsLoader(self).load_weights(fitting, mapper=self.hf_to_vllm_mapper)
+        decide_gate(self, self.config, loaded)
+        return loaded
