@@ -11,6 +11,7 @@ from pathlib import Path
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams
+from torch import nn
 from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 
@@ -31,7 +32,7 @@ def quantize(checkpoint: str, preset: str, output: Path) -> None:
     ignore = ["lm_head", r"re:.*\.gate$", r"re:.*\.shared_expert_gate$"]
     apply_quantization_config(model, QuantizationConfig(config_groups={"all": scheme}, ignore=ignore))
     for linear in model.modules():
-        if hasattr(linear, "quantization_scheme"):
+        if isinstance(linear, nn.Linear) and hasattr(linear, "quantization_scheme"):
             groups_OGI = linear.weight.detach().unflatten(1, (-1, scheme.weights.group_size or linear.in_features))
             scale_OG, _ = calculate_qparams(groups_OGI.amin(-1), groups_OGI.amax(-1), scheme.weights)
             linear.weight_scale.data = scale_OG
