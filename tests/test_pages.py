@@ -79,7 +79,6 @@ def test_every_row_of_the_support_matrix_is_shown_by_a_test():
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs() for block in blocks(page))], ids=names)
 def test_every_block_of_a_page_runs(page, starts_vllm, nightly, tmp_path):
     """Letter for letter, unless a comment on the line before says what it needs or which test shows it."""
-    (tmp_path / "tree").mkdir()
     with PageShell(copy_of_this_tree(tmp_path / "tree"), tmp_path) as shell:
         failed = [wrong for block in blocks(page) if block.runs() and (wrong := shell.run(block))]
     assert not failed, "\n\n".join(failed)
@@ -341,12 +340,11 @@ def test_only_servers_run_in_the_background(shell):
 
 
 def test_the_copy_is_this_tree_and_installs_nothing(tmp_path):
-    tree = copy_of_this_tree(tmp_path)
+    tree = copy_of_this_tree(tmp_path / "tree")
     assert (tree / "tests" / "test_pages.py").read_text() == Path(__file__).read_text()
     with (tree / "Makefile").open("a") as makefile:
         makefile.write("\nask: $(SERVING) $(TESTING)\n\t$(BIN)/python -c 'import sys; print(sys.prefix)'\n")
-    (tmp_path / "of the shell").mkdir()
-    with PageShell(tree, tmp_path / "of the shell") as shell:
+    with PageShell(tree, tmp_path) as shell:
         assert shell.run(block(f'[ "$(make --silent ask)" = "{tree}/.venv" ]')) is None
         assert shell.run(block("python -c 'import vllm_yocou; print(*vllm_yocou.__path__)' > found")) is None
     assert (tree / "found").read_text() == f"{tree}/vllm_yocou\n"

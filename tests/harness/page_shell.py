@@ -41,13 +41,17 @@ set -x
 
 
 def copy_of_this_tree(folder: Path) -> Path:
-    """What git tracks or would track, as it is now. Its `.venv` is this environment, so that make installs nothing."""
+    """A clone, in which files are as they are here, committed or not. Its `.venv` is this environment: make installs
+    nothing."""
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True, capture_output=True)
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():  # not one that was deleted
+        if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
     (folder / ".venv").mkdir()
     for entry in Path(sys.prefix).iterdir():
         if entry.name not in ("serving", "testing"):
