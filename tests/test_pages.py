@@ -68,12 +68,14 @@ def mistakes_of_support(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=names)
 def test_every_command_of_a_page_exists(page):
-    assert mistakes_of_markers(page) + mistakes_of_commands(page) == []
+    mistakes = mistakes_of_markers(page) + mistakes_of_commands(page)
+    assert not mistakes, "\n".join(mistakes)
 
 
 def test_every_row_of_the_support_matrix_is_shown_by_a_test():
-    assert len(rows(SUPPORT)) > 30 and {row.supported for row in rows(SUPPORT)} == STATUSES
-    assert mistakes_of_support(SUPPORT) == []
+    mistakes = mistakes_of_support(SUPPORT)
+    assert not mistakes, "\n".join(mistakes)
+    assert len(rows(SUPPORT)) > 30  # so that a header that nobody recognises does not pass
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs() for block in blocks(page))], ids=names)
