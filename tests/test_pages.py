@@ -277,7 +277,7 @@ if sys.argv[1] != "serve": sys.exit("not a server")
 if "--broken" in sys.argv: sys.exit("no memory")
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Server).serve_forever()
 """
-MAKEFILE = "serve:\n\tvllm serve m $(ARGS)\nlist:\n\tls\n"
+MAKEFILE = "serve:\n\t.venv/bin/vllm serve m $(ARGS)\nlist:\n\tls\n"
 ASK = "curl --silent --fail http://127.0.0.1:8000/any"
 
 
@@ -298,21 +298,21 @@ def block(*lines: str, language: str = "bash") -> Block:
 
 def test_blocks_share_a_folder_and_variables(shell):
     assert shell.run(block("mkdir sub && cd sub", "A='b c'", "touch made")) is None
-    assert shell.run(block('[ "$A" = "b c" ]', "[ -f made ]")) is None
+    assert shell.run(block('[ "$A" = "b c" ]', "[ -f made ]", "[ 8000 = $((4000 + 4000)) ]")) is None
     assert shell.run(block("import os", "assert os.path.exists('made')", language="python")) is None
 
 
 @pytest.mark.parametrize(
-    "failing, reason",
+    "failing, limit_s, reason",
     [
-        (block("echo first", "ls absent", "echo later"), "ended with 2"),
-        (block("false | cat"), "ended with 1"),
-        (block("raise SystemExit(3)", language="python"), "ended with 3"),
-        (block("sleep 60"), "took more than 1 s"),
+        (block("echo first", "ls absent", "echo later"), 60, "ended with 2"),
+        (block("false | cat"), 60, "ended with 1"),
+        (block("raise SystemExit(3)", language="python"), 60, "ended with 3"),
+        (block("sleep 60"), 1, "took more than 1 s"),
     ],
 )
-def test_a_block_that_fails_says_where_and_what(failing, reason, shell):
-    wrong = shell.run(failing, limit_s=1)
+def test_a_block_that_fails_says_where_and_what(failing, limit_s, reason, shell):
+    wrong = shell.run(failing, limit_s)
     assert wrong.startswith(f"page.md:7: {reason}\n{failing.script}") and "later" not in wrong.partition("-----")[2]
 
 
@@ -329,6 +329,10 @@ def test_a_server_stays_for_its_block_and_the_next(serve, shell):
 def test_the_next_server_takes_the_place_of_the_first(shell):
     assert shell.run(block("vllm serve first")) is None
     assert shell.run(block("vllm serve second", f"{ASK} | grep second")) is None
+
+
+def test_one_block_starts_one_server(shell):
+    assert "start the next one in a block of its own" in shell.run(block("vllm serve first", "vllm serve second"))
 
 
 def test_a_server_that_does_not_start_says_why(shell):

@@ -4,6 +4,7 @@ A server, by `vllm serve` or `make serve`, is started in the background, and the
 It stays for the rest of its block and for the next one. Where a page says port 8000, another one is used, a free one.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -18,12 +19,17 @@ from harness.checkout import ROOT
 from harness.commands import commands
 from harness.pages import PYTHON, Block
 
-PORT = "8000"
+# Not where 8000 is a number of tokens.
+PORT = re.compile(r"(?<=:)8000\b|(?<=--port )8000\b|(?<=--port=)8000\b")
 BLOCK_S, SERVER_S, END_S = 900, 1800, 60
 
 # In the place of a program that may start a server. `timeout` bounds its life, whatever becomes of this process.
 SERVING = """#!/bin/bash
 [ "$1" = serve ] || exec "{program}" "$@"
+if [ -e "{folder}/server.pid" ]; then
+    echo "a server of this block is running: start the next one in a block of its own"
+    exit 1
+fi
 timeout --kill-after=30 {limit_s} "{program}" "$@" {on_port} > "{folder}/server.log" 2>&1 < /dev/null &
 echo $! > "{folder}/server.pid"
 until curl --silent --fail --output /dev/null http://127.0.0.1:{port}/health; do
@@ -41,8 +47,7 @@ set -x
 
 
 def copy_of_this_tree(folder: Path) -> Path:
-    """A clone, in which files are as they are here, committed or not. Its `.venv` is this environment: make installs
-    nothing."""
+    """A clone, with files as they are here, committed or not. Its `.venv` is this one, so make installs nothing."""
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True, capture_output=True)
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -87,7 +92,7 @@ class PageShell:
 
     def run(self, block: Block, limit_s: int = BLOCK_S) -> str | None:
         """None, or what went wrong, with everything that was printed."""
-        typed = block.script.replace(PORT, str(self.port))
+        typed = PORT.sub(str(self.port), block.script)
         served_before = self.serves
         if served_before and starts_server(block):
             self.end_server()
@@ -113,10 +118,10 @@ class PageShell:
         if not file.exists():
             return
         with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(int(file.read_text()))
-            process.terminate()
-            deadline_s = time.monotonic() + END_S
-            while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            process, deadline_s = psutil.Process(int(file.read_text())), time.monotonic() + END_S
+            if process.name() == "timeout":  # and not another one, which got the number of a server that has ended
+                process.terminate()
+            while process.name() == "timeout" and process.status() != psutil.STATUS_ZOMBIE:
                 assert time.monotonic() < deadline_s, f"the server, process {process.pid}, does not end"
                 time.sleep(0.1)
         file.unlink()
