@@ -1,5 +1,7 @@
 """Settings that cannot be right with YOCO-U are refused in one sentence before an engine starts."""
 
+from types import SimpleNamespace
+
 import pytest
 from harness import tiny
 from harness.checkout import needs_compiler
@@ -9,7 +11,13 @@ from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
 from vllm_yocou.rows import v1_runner
-from vllm_yocou.serving.engine_settings import CHUNK_ON_CPU, CHUNK_ON_GPU, NAMELESS, longest_chunk
+from vllm_yocou.serving.engine_settings import (
+    CHUNK_ON_CPU,
+    CHUNK_ON_GPU,
+    NAMELESS,
+    check_speculation,
+    longest_chunk,
+)
 
 REFUSED = [
     (dict(pipeline_parallel_size=2), "Pipeline parallelism is not supported for this model"),
@@ -85,6 +93,14 @@ def test_a_draft_model_is_refused(checkpoint):
     draft = {"method": "draft_model", "model": checkpoint, "num_speculative_tokens": 2}
     with pytest.raises(ValueError, match=r"by 'draft_model' cannot be used with YOCO-U: .* use 'ngram'"):
         configured(checkpoint, speculative_config=draft)
+
+
+@pytest.mark.parametrize("method", ["eagle", "mtp", "medusa", "suffix"])
+def test_other_speculative_methods_are_refused(method):
+    """Checked alone: vLLM makes no config of most of them without the model that they draft with."""
+    asked = SimpleNamespace(speculative_config=SimpleNamespace(method=method))
+    with pytest.raises(ValueError, match=f"by '{method}' cannot be used with YOCO-U: .* use 'ngram'"):
+        check_speculation(asked)
 
 
 def test_overrides_by_a_function_are_checked_too(checkpoint):
