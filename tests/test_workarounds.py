@@ -33,7 +33,7 @@ from vllm_yocou import workarounds
 from vllm_yocou.rows.hand_over import RowOwner, RowSlots
 from vllm_yocou.seams.check import TESTED_VLLM, named
 from vllm_yocou.serving.backend import row_selecting_backend
-from vllm_yocou.serving.packing import GlobalCacheSpec
+from vllm_yocou.serving.cache_specs import GlobalCacheSpec
 
 
 def faulty(workaround: str) -> bool:

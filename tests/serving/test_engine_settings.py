@@ -9,7 +9,8 @@ from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
 from vllm_yocou.rows import v1_runner
-from vllm_yocou.serving.engine_settings import CHUNK_ON_CPU, CHUNK_ON_GPU, longest_chunk
+from vllm_yocou.serving.capacity import CHUNK_ON_CPU, CHUNK_ON_GPU
+from vllm_yocou.serving.engine_settings import longest_chunk
 
 REFUSED = [
     (dict(pipeline_parallel_size=2), "Pipeline parallelism is not supported for this model"),

@@ -16,6 +16,7 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 
 from vllm_yocou.options import Options
 from vllm_yocou.seams.check import check_all, check_packing
+from vllm_yocou.serving.capacity import CHUNK_ON_CPU, CHUNK_ON_GPU
 from vllm_yocou.workarounds import (
     refuse_engines_without_memory_node,
     refuse_expert_parallel,
@@ -29,13 +30,6 @@ if TYPE_CHECKING:
     from vllm_yocou.config import YocoUConfig
 
 SPECULATIVE_METHODS = ("ngram",)
-
-# A window cache holds every token in flight, so tokens a step are memory a request: with T·S = 36 caches of 512 tokens
-# and 32k tokens of context, 49 MiB in decode become 87 at 1024, 339 at 8192, and 1185 (as much as without windows) at
-# 16384 with two steps in flight. On a CPU, chunks of 1024 prefill as fast as longer ones; on an H100, chunks of 8192
-# prefill 3.4 times as fast as those of 1024, and longer ones no faster (benchmarks/).
-CHUNK_ON_CPU = 1024
-CHUNK_ON_GPU = 8192
 
 logger = logging.getLogger("vllm.plugins.yocou")
 
