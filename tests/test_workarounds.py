@@ -144,6 +144,15 @@ def test_refuse_int8_in_float32(monkeypatch):
     assert check_cpu_sgl_kernel(16, 32, torch.int8) and not check_cpu_sgl_kernel(16, 88, torch.int8)
 
 
+def test_refuse_fp8_by_a_given_scale():
+    """The CPU build declares the kernels, and takes no arguments for them."""
+    import vllm._custom_ops  # noqa: F401  # loads them
+
+    for name in ("static_scaled_fp8_quant", "dynamic_per_token_scaled_fp8_quant"):
+        schema = getattr(torch.ops._C, name).default._schema
+        assert (not schema.arguments) == faulty("refuse_fp8_by_a_given_scale")
+
+
 def test_refuse_engines_without_memory_node(monkeypatch):
     """vLLM finds no memory for an engine on a node that is not there, unless a variable lets engines share nodes."""
     monkeypatch.delenv("VLLM_CPU_SIM_MULTI_NUMA", raising=False)

@@ -22,6 +22,7 @@ REFUSED = [
     (dict(hf_overrides={"num_iterations": 0}), "num_iterations is 0: it must be a whole number of at least 1"),
     (dict(hf_overrides={"sliding_window": "wide"}), "sliding_window is 'wide': it must be a whole number"),
     (dict(hf_overrides={"diff_attention": True}), "config key 'diff_attention' is True"),
+    (dict(load_format="fastsafetensors"), "--load-format fastsafetensors cannot be used on a CPU: it reads files into"),
     (dict(tensor_parallel_size=3), "num_attention_heads 4 is not divisible by the tensor parallel size 3"),
     (
         dict(tensor_parallel_size=4, hf_overrides={"cross_num_attention_heads": 6}),

@@ -54,7 +54,7 @@ SETTINGS = (
         "serving/test_engine_settings.py",
         has=(
             "disable_sliding_window dtype enforce_eager hf_config is_moe logits_processors max_model_len model "
-            "model_weights served_model_name"
+            "model_weights quantization served_model_name"
         ),
         mentions="MODEL_ARCH_CONFIG_CONVERTORS MODELS_CONFIG_MAP runner_type verify_and_update_model_config",
     ),
