@@ -37,8 +37,11 @@ def test_what_vllm_keeps_free_beside_others():
 
 
 def test_a_limit_below_what_fits_is_said():
-    said = {n: Capacity(170, together=12, guaranteed=3).sentence(2048, n) for n in (11, 12)}
-    assert ["max_num_seqs lets 11 run" in sentence for sentence in said.values()] == [True, False]
+    said = [Capacity(170, together=12, guaranteed=3).describe(2048, sequences) for sequences in (11, 12)]
+    assert ["max_num_seqs lets 11 run" in line for line in said] == [True, False]
+    assert (
+        Capacity(50, together=1, guaranteed=1).describe(2048, 8).endswith("holds 1 request of 2,048 tokens at a time.")
+    )
 
 
 def test_steps_in_flight_and_drafts_take_blocks():
@@ -81,7 +84,7 @@ def test_the_pool_is_full_with_as_many_requests_as_the_log_says(
     guaranteed = (blocks - 1) // prefill
     assert sum("at a time" in line for line in lines) == 1
     said = f"{blocks} blocks holds {together} requests of {CONTEXT} tokens at a time, {BESIDE} in decode beside 1 in "
-    assert f"{said}prefill. {guaranteed} fit if all are in prefill" in lines[-1]
+    assert f"{said}prefill. If all are in prefill, {guaranteed} fit: " in lines[-1]
     assert together > llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency
 
     assert most_running(llm, together + 1) == (together, 0)

@@ -71,7 +71,7 @@ def kv(
     Console().print(_figures(title, rows, sizes, lambda size: f"{size / MIB:,.1f} MiB"))
     if budget is not None:
         counts = {"tokens_in_budget": "tokens a request", "together_in_budget": "requests together"}
-        counts["guaranteed_in_budget"] = "requests for certain"
+        counts["guaranteed_in_budget"] = "for certain"
         title = f"In {_binary(budget)} on {device.value}, {load.chunk:,} tokens a step"
         Console().print(_figures(title, rows, counts, "{:,}".format))
 

@@ -206,7 +206,7 @@ def describe_pool(vllm_config: VllmConfig, blocks: int) -> None:
         decoded=1 + vllm_config.num_speculative_tokens,
     )
     capacity = Capacity.of(packing_of(vllm_config), load, blocks, spare=int(scheduler.watermark * blocks))
-    logger.info("%s", capacity.sentence(load.tokens, scheduler.max_num_seqs))
+    logger.info("%s", capacity.describe(load.tokens, scheduler.max_num_seqs))
 
 
 def attend_windows(

@@ -69,11 +69,14 @@ class Capacity:
         beside = max(0, usable - spare - prefill) // decode
         return cls(blocks, beside + 1 if usable >= prefill else 0, max(0, usable) // prefill)
 
-    def sentence(self, tokens: int, sequences: int) -> str:
+    def describe(self, tokens: int, sequences: int) -> str:
         """For the log of an engine that runs at most `sequences` requests of `tokens` tokens."""
+        said = f"The KV cache of {self.blocks:,} blocks holds"
+        if self.together == 1:
+            return f"{said} 1 request of {tokens:,} tokens at a time."
         limit = f", of which max_num_seqs lets {sequences:,} run" if sequences < self.together else ""
         return (
-            f"The KV cache of {self.blocks:,} blocks holds {self.together:,} requests of {tokens:,} tokens at a time, "
-            f"{self.together - 1:,} in decode beside 1 in prefill{limit}. {self.guaranteed:,} fit if all are in "
-            "prefill, which vLLM's maximum concurrency assumes."
+            f"{said} {self.together:,} requests of {tokens:,} tokens at a time, {self.together - 1:,} in decode "
+            f"beside 1 in prefill{limit}. If all are in prefill, {self.guaranteed:,} fit: vLLM's maximum concurrency "
+            "assumes that."
         )
