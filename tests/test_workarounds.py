@@ -33,7 +33,7 @@ from vllm_yocou import workarounds
 from vllm_yocou.rows.hand_over import RowOwner, RowSlots
 from vllm_yocou.seams.check import TESTED_VLLM, named
 from vllm_yocou.serving.backend import row_selecting_backend
-from vllm_yocou.serving.packing import GlobalCacheSpec
+from vllm_yocou.serving.cache_specs import GlobalCacheSpec
 
 
 def faulty(workaround: str) -> bool:
@@ -142,6 +142,15 @@ def test_refuse_int8_in_float32(monkeypatch):
     takes_tiles = "check_cpu_sgl_kernel(N, K, dtype)" in inspect.getsource(CPUInt8ScaledMMLinearKernel)
     assert takes_tiles == faulty("refuse_int8_in_float32")
     assert check_cpu_sgl_kernel(16, 32, torch.int8) and not check_cpu_sgl_kernel(16, 88, torch.int8)
+
+
+def test_refuse_fp8_by_a_given_scale():
+    """The CPU build declares the kernels, and takes no arguments for them."""
+    import vllm._custom_ops  # noqa: F401  # loads them
+
+    for name in ("static_scaled_fp8_quant", "dynamic_per_token_scaled_fp8_quant"):
+        schema = getattr(torch.ops._C, name).default._schema
+        assert (not schema.arguments) == faulty("refuse_fp8_by_a_given_scale")
 
 
 def test_refuse_engines_without_memory_node(monkeypatch):

@@ -32,6 +32,7 @@ FAULTY_IN = {
     "widen_decode_scratch": ("0.32", "0.33"),
     "refuse_expert_parallel": ("0.32", "0.33"),
     "refuse_int8_in_float32": ("0.32", "0.33"),
+    "refuse_fp8_by_a_given_scale": ("0.32", "0.33"),
     "refuse_engines_without_memory_node": ("0.33",),
     "fill_spec_registry": ("0.32", "0.33"),
     "as_float_factor": ("0.32", "0.33"),
@@ -190,6 +191,36 @@ def refuse_int8_in_float32(vllm_config: "VllmConfig", shapes: Iterable[tuple[int
             "--dtype float32 cannot be used with a W8A8 checkpoint on a processor with AMX: vLLM's kernel for it takes "
             "half precision alone, use --dtype bfloat16."
         )
+
+
+def refuse_fp8_by_a_given_scale(vllm_config: "VllmConfig") -> None:
+    """Refuse what rounds to FP8 by a scale that is there already, on a CPU, before it ends in a C++ signature.
+
+    vLLM's build for CPUs has the names of these kernels without their arguments. It needs them for weights with one
+    scale a matrix, which it rounds once more where it fuses matrices, for activations with a scale of the
+    checkpoint's, and for experts.
+
+    Raises:
+        ValueError: the kernel would be called.
+    """
+    from vllm.platforms import current_platform
+
+    model_config, method = vllm_config.model_config, vllm_config.model_config.quantization
+    if method is None or not current_platform.is_cpu():
+        return
+    stored = getattr(model_config.hf_config, "quantization_config", None) or {}
+    activations = [group.get("input_activations") or {} for group in stored.get("config_groups", {}).values()]
+    given = any(it.get("type") == "float" and it.get("num_bits") == 8 and not it.get("dynamic") for it in activations)
+    if given or (method == "fp8" and stored and not stored.get("weight_block_size")):
+        refused = "a checkpoint of FP8 with one scale for a matrix or for all activations"
+        remedy = "quantize it with a scale for each row of a matrix and dynamic ones for activations"
+    elif method in ("fp8", "fp8_per_tensor", "fp8_per_channel") and not stored and model_config.hf_config.is_moe:
+        refused, remedy = f"--quantization {method} with a mixture of experts", "leave it out"
+    elif method in ("fp8", "fp8_per_tensor") and not stored:
+        refused, remedy = f"--quantization {method}", "use fp8_per_channel"
+    else:
+        return
+    raise ValueError(f"{refused} cannot be used on a CPU: vLLM has no kernel for it there, {remedy}.")
 
 
 def refuse_engines_without_memory_node(vllm_config: "VllmConfig") -> None:

@@ -58,8 +58,30 @@ def test_kv(checkpoint, capsys, monkeypatch):
     assert rows[0]["all_bytes"] == 3 * cost.of_request(1024)
     assert rows[0]["tokens_in_budget"] == cost.tokens_in(2**20 // 3)
 
+    # By hand, on CUDA with 8192 tokens a step and two steps in flight: six window caches of 64 bytes a token share
+    # blocks of 16 tokens, or 96 of the global cache. Of 170 blocks one stays empty, 64 + 11 go to a prefill, 2 + 11 to
+    # each request in decode. Of plain YOCO's 512, with 32 tokens of the global cache, 64 + 32 and 2 + 32. A block of
+    # the Transformer has 16 tokens of four layers.
+    together = [1 + (169 - 75) // 13, 1 + (511 - 96) // 34, 255 // 64]
+    assert [row["together_in_budget"] for row in rows] == together
+    assert [row["guaranteed_in_budget"] for row in rows] == [169 // 75, 511 // 96, 255 // 64]
+
     code, printed, _ = run(capsys, monkeypatch, "kv", checkpoint / "config.json", *options)
     assert code == 0 and f"{cost.of_request(1024) / 2**20:,.1f} MiB" in printed
+    assert "In 1 MiB on cuda, 8,192 tokens a step" in printed
+    assert all(f" {count} " in printed for count in together)
+
+
+def test_a_budget_in_the_unit_that_reads_best(checkpoint, capsys, monkeypatch):
+    for budget, shown in {
+        "24m": "24 MiB",
+        "1536m": "1.5 GiB",
+        "40g": "40 GiB",
+        "5000g": "4.883 TiB",
+        "9": "9 bytes",
+    }.items():
+        options = ("--budget", budget, "--device", "cpu")
+        assert f"In {shown} on cpu, 1,024 tokens a step" in run(capsys, monkeypatch, "kv", checkpoint, *options)[1]
 
 
 def test_a_mixtures_config_alone(tmp_path, capsys, monkeypatch):

@@ -6,6 +6,7 @@ from harness.checkout import TRAINED
 
 from vllm_yocou.config import YocoUConfig
 from vllm_yocou.self_check import workload
+from vllm_yocou.serving.packing import Packing
 
 # The trained model's blocks are longer, and fewer of its requests run together.
 CONFIGS = tiny.CONFIGS | {"trained": YocoUConfig.from_pretrained(TRAINED)}
@@ -15,7 +16,7 @@ CONFIGS = tiny.CONFIGS | {"trained": YocoUConfig.from_pretrained(TRAINED)}
 @pytest.mark.parametrize("block", [16, 32])
 def test_the_pool_holds_what_must_run_and_not_all_that_grow(cfg, block):
     context = 1024
-    packing = workload.expected_packing(cfg, 4, 1, block)
+    packing = Packing.expected(cfg, 4, 1, block)
     blocks = workload.pool_blocks(packing, cfg, context) - 1
     cases, left_out = workload.cases(cfg, context, packing.global_block, packing.groups, blocks)
     by_name = {case.name: case for case in cases}

@@ -11,13 +11,8 @@ from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
 from vllm_yocou.rows import v1_runner
-from vllm_yocou.serving.engine_settings import (
-    CHUNK_ON_CPU,
-    CHUNK_ON_GPU,
-    NAMELESS,
-    check_speculation,
-    longest_chunk,
-)
+from vllm_yocou.serving.capacity import CHUNK_ON_CPU, CHUNK_ON_GPU
+from vllm_yocou.serving.engine_settings import NAMELESS, check_speculation, longest_chunk
 
 REFUSED = [
     (dict(pipeline_parallel_size=2), "Pipeline parallelism is not supported for this model"),
@@ -29,6 +24,7 @@ REFUSED = [
     (dict(hf_overrides={"num_iterations": 0}), "num_iterations is 0: it must be a whole number of at least 1"),
     (dict(hf_overrides={"sliding_window": "wide"}), "sliding_window is 'wide': it must be a whole number"),
     (dict(hf_overrides={"diff_attention": True}), "config key 'diff_attention' is True"),
+    (dict(load_format="fastsafetensors"), "--load-format fastsafetensors cannot be used on a CPU: it reads files into"),
     (dict(tensor_parallel_size=3), "num_attention_heads 4 is not divisible by the tensor parallel size 3"),
     (
         dict(tensor_parallel_size=4, hf_overrides={"cross_num_attention_heads": 6}),

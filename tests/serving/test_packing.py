@@ -10,8 +10,9 @@ from vllm.v1.request import Request
 
 from vllm_yocou.cli.sizing import KVBytes
 from vllm_yocou.options import Options
+from vllm_yocou.serving.cache_specs import GlobalCacheSpec, WindowCacheSpec
 from vllm_yocou.serving.caches import packing_of
-from vllm_yocou.serving.packing import GlobalCacheSpec, Packing, WindowCacheSpec
+from vllm_yocou.serving.packing import Packing
 
 LIMIT = Options().max_global_block
 
@@ -205,6 +206,18 @@ def test_a_prompt_in_chunks_stays_within_what_vllm_promises(pool):
     assert 0 <= promised - peak <= 2 * packing.groups
     assert 0 <= promised - packing.blocks(CONTEXT, window, CHUNK) <= packing.groups
     assert cache_config.kv_cache_size_tokens == int(CONTEXT * cache_config.kv_cache_max_concurrency)
+
+
+def test_a_token_in_flight_is_held_once_more(pool):
+    """As where vLLM schedules a step while another one is computed: the window ends a token earlier."""
+    window, packing, request = pool.config.sliding_window, pool.packing, pool.request(CONTEXT)
+    for tokens in range(1, 3 * window + packing.global_block):
+        request.num_in_flight_tokens = min(1, request.num_computed_tokens)
+        held = pool.grow(request, 1)
+        pages = touched(max(0, tokens - window - 1), tokens, packing.window_block)
+        assert held == packing.groups * pages + touched(0, tokens, packing.global_block)
+        assert held <= packing.blocks(tokens, window, in_flight=2)
+    pool.free(request)
 
 
 def test_tokens_that_fit_in_the_budget(pool):

@@ -1,6 +1,7 @@
 """Quantized checkpoints through vLLM's linear layers: the served model is the quantized reference, not just near it."""
 
 import json
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -9,7 +10,7 @@ from harness import processor, tiny
 from harness.checkout import needs_compiler
 from harness.engines import generate
 from harness.half_precision import HalfPrecision
-from harness.quantized import FORMATS, matrices
+from harness.quantized import FORMATS, matrices, to_fp8
 from safetensors.torch import load_file
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
@@ -82,6 +83,75 @@ def test_int8_by_tiles(engine, nightly, tmp_path):
     reference = FORMATS["compressed-tensors-w8a8"].save(tiny.model(tiny.config(qk_norm="all")), tmp_path)
     oracle = HalfPrecision(reference, torch.bfloat16)
     for prompt, output in zip(LONG, generate(engine(tmp_path, dtype="bfloat16"), LONG), strict=True):
+        oracle.compare(prompt, output)
+    oracle.check()
+
+
+@pytest.mark.parametrize(
+    "experts, method, sentence",
+    [
+        (
+            False,
+            "fp8",
+            "--quantization fp8 cannot be used on a CPU: vLLM has no kernel for it there, use fp8_per_channel.",
+        ),
+        (False, "fp8_per_tensor", "--quantization fp8_per_tensor cannot be used on a CPU"),
+        (True, "fp8_per_channel", "--quantization fp8_per_channel with a mixture of experts cannot be used on a CPU"),
+        (True, "fp8", "--quantization fp8 with a mixture of experts cannot be used on a CPU"),
+        (False, "int8_per_channel_weight_only", "it quantizes experts alone and the model has none"),
+        (False, "nvfp4_per_token", "it quantizes experts alone and the model has none"),
+        (False, "experts_int8", "it quantizes experts alone and the model has none"),
+        (True, "experts_int8", None),
+        (False, "fp8_per_channel", None),
+    ],
+)
+def test_quantization_of_a_plain_checkpoint(experts, method, sentence, tmp_path):
+    config = tiny.moe_config(shared_expert_gate=False) if experts else tiny.config()
+    config.architectures = ["YocoUForCausalLM"]
+    config.save_pretrained(tmp_path)
+    start(tmp_path, sentence, quantization=method)
+
+
+def start(folder, sentence: str | None, **settings) -> None:
+    """Configure an engine, which ends in `sentence` unless it is None."""
+    arguments = EngineArgs(
+        model=str(folder), skip_tokenizer_init=True, dtype="bfloat16", load_format="dummy", **settings
+    )
+    with nullcontext() if sentence is None else pytest.raises(ValueError, match=re.escape(sentence)):
+        arguments.create_engine_config()
+
+
+@pytest.mark.parametrize("name", ["one-scale-a-matrix", "static-activations", "blocks", "compressed-tensors-fp8"])
+def test_fp8_checkpoints_that_a_cpu_has_no_kernel_for(name, tmp_path):
+    stored = {
+        "one-scale-a-matrix": {"quant_method": "fp8", "activation_scheme": "dynamic"},
+        "blocks": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]},
+    }
+    model = tiny.model(tiny.config())
+    if name in stored:
+        model.config.architectures, model.config.quantization_config = ["YocoUForCausalLM"], stored[name]
+        model.config.save_pretrained(tmp_path)
+    else:
+        FORMATS["compressed-tensors-fp8"].save(model, tmp_path)
+    if name == "static-activations":
+        config = json.loads((tmp_path / "config.json").read_text())
+        for group in config["quantization_config"]["config_groups"].values():
+            group["input_activations"] |= {"dynamic": False, "strategy": "tensor"}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    refused = name in ("one-scale-a-matrix", "static-activations")
+    start(tmp_path, "a checkpoint of FP8 with one scale" if refused else None)
+
+
+def test_a_plain_checkpoint_in_fp8(engine, nightly, tmp_path):
+    """In bfloat16 almost every activation rounds to another number: as exact as the reference in that type."""
+    model = tiny.model(tiny.config(qk_norm="all"))
+    model.save_pretrained(tmp_path)
+    for linear in matrices(model).values():
+        linear.weight.data = to_fp8(linear.weight.data)
+        linear.register_forward_pre_hook(lambda module, args: (to_fp8(*args),))
+    oracle = HalfPrecision(model, torch.bfloat16)
+    served = generate(engine(tmp_path, dtype="bfloat16", quantization="fp8_per_channel"), LONG)
+    for prompt, output in zip(LONG, served, strict=True):
         oracle.compare(prompt, output)
     oracle.check()
 

@@ -5,6 +5,8 @@ from harness import tiny
 from harness.checkout import needs_compiler
 from harness.oracle import agrees
 
+POOL = " tokens at a time, "  # of the line that says how many requests fit
+
 
 # None: compiled where vLLM would; a worker has read vLLM's settings for good before its first step.
 @pytest.mark.parametrize(
@@ -24,6 +26,8 @@ def test_two_ranks_are_exact(kv_heads, cross_kv_heads, mode, engine_process, tmp
     requests = [
         {"prompt": prompt, "sampling": {"prompt_logprobs": 2} if i % 2 else {}} for i, prompt in enumerate(prompts)
     ]
+    said_before = engine_process.log.read_text().count(POOL)
     (batch,) = engine_process.run(tmp_path, [requests], compilation_config={"mode": mode}, max_num_batched_tokens=61)
+    assert engine_process.log.read_text().count(POOL) == said_before + 1  # by one rank
     agrees(model, prompts, batch.outputs)
     assert batch.metrics["yocou_skipped_rows"] == sum(len(prompt) - 1 for prompt in prompts[::2])

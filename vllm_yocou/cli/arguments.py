@@ -29,6 +29,13 @@ class CacheType(StrEnum):
         return {"float32": 4, "fp8": 1}.get(self.value, 2)
 
 
+class DeviceType(StrEnum):
+    """Kinds of device that vLLM chooses different settings for."""
+
+    cuda = "cuda"
+    cpu = "cpu"
+
+
 class WeightType(StrEnum):
     """Data types of weights."""
 
@@ -91,6 +98,16 @@ Concurrency = Annotated[int, typer.Option(min=1, help="Requests at the same time
 Ranks = Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks; all figures are for one rank.")]
 KVCacheType = Annotated[CacheType, typer.Option(help="Data type of keys and values.")]
 Budget = Annotated[int | None, typer.Option(parser=size, metavar="BYTES", help="KV memory of a rank, as 40g.")]
+Device = Annotated[DeviceType, typer.Option(help="What the model is served on; counts with --budget alone.")]
+Chunk = Annotated[
+    int | None,
+    typer.Option(
+        "--max-num-batched-tokens",
+        parser=size,
+        metavar="TOKENS",
+        help="vLLM's; counts with --budget alone. By default 8192 on CUDA and 1024 on a CPU.",
+    ),
+]
 
 Convertible = Annotated[Path, typer.Argument(metavar="SRC", help=f"Folder of {names('convert')}.")]
 Upcyclable = Annotated[Path, typer.Argument(metavar="SRC", help=f"Folder of {names('upcycle')}.")]

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
@@ -18,13 +18,16 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from vllm_yocou.cli import arguments, environment, sizing
-from vllm_yocou.cli.arguments import LARGEST_SHARD, CacheType, ServedType
+from vllm_yocou.cli.arguments import LARGEST_SHARD, CacheType, DeviceType, ServedType
 from vllm_yocou.cli.config_file import read_architecture
+from vllm_yocou.serving.capacity import Capacity, Load
+from vllm_yocou.serving.packing import SMALLEST_BLOCK
 
 if TYPE_CHECKING:
     from vllm_yocou.checkpoints.plan import Plan
 
 MIB = 1 << 20
+BINARY = ((1 << 40, "TiB"), (1 << 30, "GiB"), (MIB, "MiB"), (1 << 10, "KiB"))
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="YOCO-U models: what they are and what they need.")
 
@@ -37,46 +40,65 @@ def kv(
     tp: arguments.Ranks = 1,
     kv_cache_dtype: arguments.KVCacheType = CacheType.bfloat16,
     budget: arguments.Budget = None,
+    device: arguments.Device = DeviceType.cuda,
+    max_num_batched_tokens: arguments.Chunk = None,
     as_json: arguments.AsJson = False,
 ) -> None:
-    """KV-cache bytes of this model, of plain YOCO and of a Transformer of the same shape."""
+    """KV-cache bytes of this model, of plain YOCO and of a Transformer of the same shape.
+
+    With a budget also the tokens of one request, and how many requests of --context run at a time: together, all in
+    decode but one, and for certain, even if all are in prefill.
+    """
     config = read_architecture(model)
     config.check_ranks(tp)
     width = kv_cache_dtype.bytes
-    ways = {
-        f"YOCO-U, T = {config.num_iterations}": sizing.KVBytes.yoco_u(config, width, tp),
-        "YOCO, T = 1": sizing.KVBytes.yoco_u(config, width, tp, iterations=1),
-        f"Transformer, {config.num_hidden_layers} layers": sizing.KVBytes.transformer(config, width, tp),
-    }
-    rows = [{"architecture": name} | _needs(cost, context, concurrency, budget) for name, cost in ways.items()]
+    load = Load.by_default(device.value, context, config.sliding_window, max_num_batched_tokens)
+    rows = []
+    for way in sizing.ways(config, width, tp, SMALLEST_BLOCK[device.value]):
+        row: dict[str, Any] = {"architecture": way.name} | _needs(way.bytes, context, concurrency)
+        if budget is not None:
+            capacity = Capacity.of(way.packing, load, budget // way.packing.block_bytes)
+            row["tokens_in_budget"] = way.bytes.tokens_in(budget // concurrency)
+            row |= {"together_in_budget": capacity.together, "guaranteed_in_budget": capacity.guaranteed}
+        rows.append(row)
     if as_json:
         print(json.dumps({"context": context, "concurrency": concurrency, "tp": tp, "rows": rows}, indent=2))
         return
-    table = Table(title=f"KV cache of {context:,} tokens, {kv_cache_dtype.value}, a rank of {tp}")
-    columns = ["architecture", "global", "windows", "a request", f"{concurrency} requests"]
+    sizes = {"global_bytes": "global", "window_bytes": "windows", "request_bytes": "a request"}
+    sizes["all_bytes"] = f"{concurrency} requests"
+    title = f"KV cache of {context:,} tokens, {kv_cache_dtype.value}, a rank of {tp}"
+    Console().print(_figures(title, rows, sizes, lambda size: f"{size / MIB:,.1f} MiB"))
     if budget is not None:
-        columns.append(f"tokens a request in {budget / (1 << 30):g} GiB")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "architecture" else "right")
+        counts = {"tokens_in_budget": "tokens a request", "together_in_budget": "requests together"}
+        counts["guaranteed_in_budget"] = "for certain"
+        title = f"In {_binary(budget)} on {device.value}, {load.chunk:,} tokens a step"
+        Console().print(_figures(title, rows, counts, "{:,}".format))
+
+
+def _figures(title: str, rows: list[dict[str, Any]], columns: dict[str, str], shown: Callable[[int], str]) -> Table:
+    table = Table("architecture", title=title)
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
     for row in rows:
-        name, *figures = row.items()
-        cells = [f"{value:,}" if key == "tokens_in_budget" else f"{value / MIB:,.1f} MiB" for key, value in figures]
-        table.add_row(name[1], *cells)
-    Console().print(table)
+        table.add_row(row["architecture"], *(shown(row[key]) for key in columns))
+    return table
 
 
-def _needs(cost: sizing.KVBytes, context: int, concurrency: int, budget: int | None) -> dict[str, Any]:
-    """A row of `kv` in bytes and, where there is a budget, in tokens."""
+def _binary(size: int) -> str:
+    """Bytes in the largest unit of which there is at least one: 24 MiB, 1.5 GiB."""
+    unit, name = next(((unit, name) for unit, name in BINARY if size >= unit), (1, "bytes"))
+    return f"{size / unit:,.4g} {name}"
+
+
+def _needs(cost: sizing.KVBytes, context: int, concurrency: int) -> dict[str, int]:
+    """A row of `kv` in bytes."""
     request = cost.of_request(context)
-    row = {
+    return {
         "global_bytes": request - cost.of_windows(context),
         "window_bytes": cost.of_windows(context),
         "request_bytes": request,
         "all_bytes": request * concurrency,
     }
-    if budget is not None:
-        row["tokens_in_budget"] = cost.tokens_in(budget // concurrency)
-    return row
 
 
 @app.command()

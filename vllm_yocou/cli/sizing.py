@@ -1,7 +1,7 @@
 """What a model costs, counted from its architecture: bytes of KV cache, parameters, floating-point operations.
 
 KV-cache bytes are those of the paper's formula: what a request needs, without the rounding to blocks that any pool
-adds. Nothing here imports torch.
+adds. `Way` brings the blocks as well. Nothing here imports torch.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from math import prod
 
 from vllm_yocou.architecture import Architecture
 from vllm_yocou.checkpoints.format import expected_shapes
+from vllm_yocou.serving.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,8 @@ class KVBytes:
 
         `element_bytes` of a stored key or value. Ranks share KV heads, or hold a copy where they are more.
         """
-        heads, cross_heads = (
-            max(1, heads // ranks) for heads in (config.num_key_value_heads, config.cross_num_key_value_heads)
-        )
-        loops = config.num_iterations if iterations is None else iterations
-        return cls(
-            token=2 * cross_heads * config.cross_head_dim * element_bytes,
-            window_token=2 * heads * config.head_dim * element_bytes * loops * config.num_self_decoder_layers,
-            window=config.sliding_window,
-        )
+        packing = Packing.expected(config, element_bytes, ranks, block=1, iterations=iterations)
+        return cls(packing.global_bytes, packing.window_caches * packing.window_bytes, config.sliding_window)
 
     @classmethod
     def transformer(cls, config: Architecture, element_bytes: int, ranks: int = 1) -> "KVBytes":
@@ -62,6 +56,34 @@ class KVBytes:
         if budget < in_window * self.window:
             return budget // in_window
         return (budget - self.of_windows(self.window)) // self.token
+
+
+@dataclass(frozen=True)
+class Way:
+    """An architecture that `vllm-yocou kv` compares: the bytes of its caches, and how they share a pool of blocks."""
+
+    name: str
+    bytes: KVBytes
+    packing: Packing
+
+
+def ways(config: Architecture, element_bytes: int, ranks: int, block: int) -> list[Way]:
+    """This model, plain YOCO and a Transformer; `block` is the smallest of the attention kernels, in tokens."""
+    loops = {f"YOCO-U, T = {config.num_iterations}": config.num_iterations, "YOCO, T = 1": 1}
+    transformer = KVBytes.transformer(config, element_bytes, ranks)
+    return [
+        *(
+            Way(
+                name,
+                KVBytes.yoco_u(config, element_bytes, ranks, iterations),
+                Packing.expected(config, element_bytes, ranks, block, iterations),
+            )
+            for name, iterations in loops.items()
+        ),
+        Way(
+            f"Transformer, {config.num_hidden_layers} layers", transformer, Packing.unwindowed(block, transformer.token)
+        ),
+    ]
 
 
 def stored_parameters(config: Architecture) -> int:

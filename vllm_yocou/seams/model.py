@@ -104,7 +104,7 @@ ATTENTION = (
         "vllm.model_executor.layers.attention:Attention",
         "each cache is one of vLLM's attention layers",
         "serving/test_model.py",
-        has="get_kv_cache_spec",
+        has="bind_kv_cache get_kv_cache_spec",
         takes="attn_backend cache_config num_kv_heads per_layer_sliding_window prefix quant_config",
         mentions=(
             "_q_scale attn_backend head_size head_size_v impl kv_cache_dtype kv_cache_torch_dtype layer_name num_heads "

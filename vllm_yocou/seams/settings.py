@@ -43,8 +43,8 @@ SETTINGS = (
         "serving/test_engine_settings.py",
         has=(
             "additional_config attention_config cache_config compilation_config instance_id kv_transfer_config "
-            "load_config lora_config max_in_flight_tokens model_config parallel_config performance_mode "
-            "quant_config scheduler_config speculative_config use_v2_model_runner"
+            "load_config lora_config max_concurrent_batches max_in_flight_tokens model_config num_speculative_tokens "
+            "parallel_config performance_mode quant_config scheduler_config speculative_config use_v2_model_runner"
         ),
         mentions="MODELS_CONFIG_MAP verify_and_update_config",
     ),
@@ -54,7 +54,7 @@ SETTINGS = (
         "serving/test_engine_settings.py",
         has=(
             "disable_sliding_window dtype enforce_eager hf_config is_moe logits_processors max_model_len model "
-            "model_weights served_model_name"
+            "model_weights quantization served_model_name"
         ),
         mentions="MODEL_ARCH_CONFIG_CONVERTORS MODELS_CONFIG_MAP runner_type verify_and_update_model_config",
     ),
@@ -62,7 +62,7 @@ SETTINGS = (
         "vllm.config:CacheConfig",
         "the caches are built in its dtype",
         "serving/test_engine_settings.py",
-        has="cache_dtype kv_sharing_fast_prefill",
+        has="cache_dtype kv_sharing_fast_prefill num_gpu_blocks",
     ),
     Seam(
         "vllm.config:SchedulerConfig",
@@ -70,7 +70,7 @@ SETTINGS = (
         "serving/test_engine_settings.py",
         has=(
             "DEFAULT_MAX_NUM_BATCHED_TOKENS disable_hybrid_kv_cache_manager enable_chunked_prefill "
-            "max_num_batched_tokens max_num_seqs"
+            "max_num_batched_tokens max_num_seqs watermark"
         ),
     ),
     Seam(

@@ -22,11 +22,10 @@ from vllm_yocou.self_check import workload
 from vllm_yocou.self_check.comparison import Answer
 from vllm_yocou.self_check.models import Model, element_bytes
 from vllm_yocou.self_check.workload import Case, Happened, Request
+from vllm_yocou.serving.packing import SMALLEST_BLOCK, Packing
 
 SKIPPED = "vllm:yocou_skipped_rows"
 PREEMPTIONS = "vllm:num_preemptions"
-# Tokens of the smallest block of an attention kernel.
-SMALLEST_BLOCK = {"cpu": 32, "cuda": 16}
 LIKELIEST = 5
 GREEDY: dict[str, Any] = dict(temperature=0, ignore_eos=True, logprobs=LIKELIEST, detokenize=False)
 
@@ -65,7 +64,7 @@ def engine_arguments(model: Model, settings: Settings) -> dict[str, Any]:
     """What LLM takes: a pool of KV blocks that the workload overfills, and prompts in chunks."""
     width, ranks = element_bytes(model.config, settings.dtype), settings.tensor_parallel_size
     block = SMALLEST_BLOCK.get(current_platform.device_type, 16)
-    packing = workload.expected_packing(model.config, width, ranks, block)
+    packing = Packing.expected(model.config, width, ranks, block)
     blocks = workload.pool_blocks(packing, model.config, model.context)
     arguments: dict[str, Any] = dict(
         skip_tokenizer_init=True,

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import ceil
 
 from vllm_yocou.config import YocoUConfig
-from vllm_yocou.options import Options
 from vllm_yocou.serving.packing import Packing
 
 CHUNK = 64  # tokens of a step
@@ -65,20 +64,6 @@ class Case:
         # Hits and preemptions change how many rows there are.
         if self.name in (BESIDE, CHUNKED) and happened.skipped != to_skip:
             yield f"{happened.skipped} rows skipped the cross-decoder in '{self.name}' instead of {to_skip}"
-
-
-def expected_packing(config: YocoUConfig, element_bytes: int, ranks: int, block: int) -> Packing:
-    """How the model's caches will share blocks, for attention kernels whose smallest block has `block` tokens."""
-    heads, cross_heads = (
-        max(1, count // ranks) for count in (config.num_key_value_heads, config.cross_num_key_value_heads)
-    )
-    return Packing.choose(
-        window_caches=config.num_iterations * config.num_self_decoder_layers,
-        block=block,
-        window_bytes=2 * heads * config.head_dim * element_bytes,
-        global_bytes=2 * cross_heads * config.cross_head_dim * element_bytes,
-        max_global_block=Options().max_global_block,
-    )
 
 
 def pool_blocks(packing: Packing, config: YocoUConfig, context: int) -> int:

@@ -3,12 +3,14 @@
 Both are vLLM `Attention` layers, so its runners bind their memory and build their metadata.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import unified_attention_with_output, unified_kv_cache_update
@@ -19,9 +21,13 @@ from vllm.v1.kv_cache_interface import AttentionSpec, get_kv_quant_mode
 from vllm_yocou.options import Options
 from vllm_yocou.rows.hand_over import RowOwner, RowSlots, StepRows
 from vllm_yocou.serving.backend import packed_backend, row_selecting_backend, served_backend, smallest_block
-from vllm_yocou.serving.packing import GlobalCacheSpec, Packing, WindowCacheSpec
+from vllm_yocou.serving.cache_specs import GlobalCacheSpec, WindowCacheSpec
+from vllm_yocou.serving.capacity import Capacity, Load
+from vllm_yocou.serving.packing import Packing
 
 WINDOW_ATTENTION = "vllm::yocou_attend_windows"
+
+logger = logging.getLogger("vllm.plugins.yocou")
 
 
 class Cache(Attention):
@@ -119,11 +125,20 @@ class GlobalCache(Cache, RowOwner):
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any):
         super().__init__(vllm_config, *args, **kwargs)
+        self.vllm_config = vllm_config
         self.rows = RowSlots(vllm_config.scheduler_config.max_num_seqs)
 
     @staticmethod
     def backend_over(base: type[AttentionBackend], kernels: bool) -> type[AttentionBackend]:
         return row_selecting_backend(base, kernels)
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        """Take the memory that vLLM has allocated, and say how many requests the whole pool holds."""
+        super().bind_kv_cache(kv_cache)
+        blocks = self.vllm_config.cache_config.num_gpu_blocks
+        # vLLM leaves the number unset while it binds the small pool in which it measures CUDA graphs.
+        if blocks is not None and get_tensor_model_parallel_rank() == 0:
+            describe_pool(self.vllm_config, blocks)
 
     def step_rows(self) -> StepRows | None:
         """The rows of this step that `attend` takes; None if it takes all."""
@@ -176,6 +191,22 @@ def packing_of(vllm_config: VllmConfig) -> Packing:
         global_bytes=global_cache.token_bytes,
         max_global_block=Options.of(vllm_config.additional_config).max_global_block,
     )
+
+
+def describe_pool(vllm_config: VllmConfig, blocks: int) -> None:
+    """Log how many requests of the maximum length fit, unless every cache keeps every token: vLLM's figure is right."""
+    scheduler = vllm_config.scheduler_config
+    if scheduler.disable_hybrid_kv_cache_manager:
+        return
+    load = Load(
+        tokens=vllm_config.model_config.max_model_len,
+        window=window_caches(vllm_config)[0].sliding_window,
+        chunk=scheduler.max_num_batched_tokens,
+        steps=vllm_config.max_concurrent_batches,
+        decoded=1 + vllm_config.num_speculative_tokens,
+    )
+    capacity = Capacity.of(packing_of(vllm_config), load, blocks, spare=int(scheduler.watermark * blocks))
+    logger.info("%s", capacity.describe(load.tokens, scheduler.max_num_seqs))
 
 
 def attend_windows(

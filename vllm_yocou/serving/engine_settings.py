@@ -16,9 +16,11 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 
 from vllm_yocou.options import Options
 from vllm_yocou.seams.check import check_all, check_packing
+from vllm_yocou.serving.capacity import CHUNK_ON_CPU, CHUNK_ON_GPU
 from vllm_yocou.workarounds import (
     refuse_engines_without_memory_node,
     refuse_expert_parallel,
+    refuse_fp8_by_a_given_scale,
     refuse_int8_in_float32,
     warn_of_seed,
 )
@@ -31,13 +33,9 @@ if TYPE_CHECKING:
 SPECULATIVE_METHODS = ("ngram",)
 # Load formats in which vLLM copies tensors into a model without calling its `load_weights`.
 NAMELESS = ("ipc_cache", "runai_streamer_sharded", "sharded_state", "tensorizer")
-
-# A window cache holds every token in flight, so tokens a step are memory a request: with T·S = 36 caches of 512 tokens
-# and 32k tokens of context, 49 MiB in decode become 87 at 1024, 339 at 8192, and 1185 (as much as without windows) at
-# 16384 with two steps in flight. On a CPU, chunks of 1024 prefill as fast as longer ones; on an H100, chunks of 8192
-# prefill 3.4 times as fast as those of 1024, and longer ones no faster (benchmarks/).
-CHUNK_ON_CPU = 1024
-CHUNK_ON_GPU = 8192
+# Quantization of a plain checkpoint, and formats of vLLM's for loading one.
+OF_EXPERTS = ("experts_int8", "int8_per_channel_weight_only", "nvfp4_per_token")
+INTO_GPUS = ("fastsafetensors", "instanttensor")
 
 logger = logging.getLogger("vllm.plugins.yocou")
 
@@ -132,6 +130,28 @@ def check_int8(vllm_config: "VllmConfig") -> None:
         yield from (shape for name, shape in shapes if "layers." in name and len(shape) == 2)
 
     refuse_int8_in_float32(vllm_config, matrices())
+
+
+def check_quantization(vllm_config: "VllmConfig") -> None:
+    """vLLM would leave a dense model as it is without a word."""
+    model_config = vllm_config.model_config
+    if model_config.quantization in OF_EXPERTS and not model_config.hf_config.is_moe:
+        raise ValueError(
+            f"--quantization {model_config.quantization} cannot be used with this model: it quantizes experts alone "
+            "and the model has none, use fp8_per_channel."
+        )
+
+
+def check_load_format(vllm_config: "VllmConfig") -> None:
+    """Refuse loaders that ask a CPU for CUDA."""
+    from vllm.platforms import current_platform
+
+    load_format = vllm_config.load_config.load_format
+    if load_format in INTO_GPUS and current_platform.is_cpu():
+        raise ValueError(
+            f"--load-format {load_format} cannot be used on a CPU: it reads files into the memory of a GPU, leave it "
+            "out."
+        )
 
 
 def check_kernels(vllm_config: "VllmConfig") -> None:
@@ -289,6 +309,9 @@ REFUSALS = (
     check_experts_on_cpu,
     refuse_engines_without_memory_node,
     check_int8,
+    refuse_fp8_by_a_given_scale,
+    check_quantization,
+    check_load_format,
     check_kernels,
     check_compilation_mode,
     check_packing,

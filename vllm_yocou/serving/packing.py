@@ -3,35 +3,22 @@
 A block of the pool holds either F window pages, one page of `window_block` tokens for each of F (iteration, layer)
 pairs, or one global page of `global_block` tokens, which is as many bytes or a little more. vLLM's scheduler then sees
 T·S/F window groups and one global group, so T·S/F + 1 block tables, however often the self-decoder loops.
+
+Nothing here imports torch or vLLM: `vllm-yocou kv` needs neither.
 """
 
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
-
-from vllm_yocou.workarounds import fill_spec_registry
+from vllm_yocou.architecture import Architecture
+from vllm_yocou.options import Options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-
-@dataclass(frozen=True, kw_only=True)
-class WindowCacheSpec(SlidingWindowSpec):
-    """KV cache of one (iteration, layer) of the self-decoder: the last W tokens."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GlobalCacheSpec(FullAttentionSpec):
-    """The one KV cache that all cross-decoder layers read: every token."""
-
-
-fill_spec_registry()
-KVCacheSpecRegistry.register(WindowCacheSpec, SlidingWindowManager, SlidingWindowSpec)
-KVCacheSpecRegistry.register(GlobalCacheSpec, FullAttentionManager, FullAttentionSpec)
+# Tokens of the smallest block that vLLM's attention kernels take, by kind of device.
+SMALLEST_BLOCK = {"cpu": 32, "cuda": 16}
 
 
 @dataclass(frozen=True)
@@ -69,6 +56,30 @@ class Packing:
                 break
         return packing
 
+    @classmethod
+    def expected(
+        cls, config: Architecture, element_bytes: int, ranks: int, block: int, iterations: int | None = None
+    ) -> "Packing":
+        """How a model's caches will share blocks, for attention kernels whose smallest block has `block` tokens.
+
+        `element_bytes` of a stored key or value; `iterations` other than the model's own T.
+        """
+        heads, cross_heads = (
+            max(1, count // ranks) for count in (config.num_key_value_heads, config.cross_num_key_value_heads)
+        )
+        return cls.choose(
+            window_caches=(iterations or config.num_iterations) * config.num_self_decoder_layers,
+            block=block,
+            window_bytes=2 * heads * config.head_dim * element_bytes,
+            global_bytes=2 * cross_heads * config.cross_head_dim * element_bytes,
+            max_global_block=Options().max_global_block,
+        )
+
+    @classmethod
+    def unwindowed(cls, block: int, token_bytes: int) -> "Packing":
+        """Of a model whose layers all keep every token, `token_bytes` of them together."""
+        return cls(0, 0, block, block, 0, token_bytes)
+
     @property
     def layers_per_block(self) -> int:
         """F: window caches in a block, of the fullest group."""
@@ -88,6 +99,15 @@ class Packing:
         """Most blocks that a request of `tokens` holds while its last `in_flight` tokens are computed."""
         held = min(tokens, window - 1 + in_flight)
         pages = min(ceil(tokens / self.window_block), ceil((held - 1) / self.window_block) + 1)
+        return self.groups * pages + ceil(tokens / self.global_block)
+
+    def admitted(self, tokens: int, window: int, in_flight: int) -> int:
+        """Blocks that vLLM wants to find free before it lets a prompt of `tokens` in: at most a page a group more.
+
+        It does not know where in a page the window begins (`SlidingWindowSpec.max_admission_blocks_per_request`).
+        """
+        held = min(tokens, window - 1 + in_flight)
+        pages = min(ceil(tokens / self.window_block), ceil(held / self.window_block) + 1)
         return self.groups * pages + ceil(tokens / self.global_block)
 
     def __str__(self) -> str:
