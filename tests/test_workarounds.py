@@ -4,6 +4,7 @@ A test that fails here says that a workaround can go: after the last supported v
 """
 
 import inspect
+import weakref
 from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 
@@ -11,12 +12,15 @@ import pytest
 import torch
 from harness import tiny
 from harness.checkout import needs_compiler
+from vllm import _custom_ops
 from vllm.compilation.decorators import _try_load_aot_compiled_fn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
+from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
 from vllm.utils import cpu_resource_utils
@@ -201,3 +205,59 @@ def test_as_float_factor():
         with pytest.raises(TypeError, match="not iterable") if faulty("as_float_factor") else nullcontext():
             get_rope(32, 64, rope_parameters=rope)
         assert len(get_rope(32, 64, rope_parameters=workarounds.as_float_factor(rope)).cos_sin_cache) == 3 * 64
+
+
+def test_pack_experts_again(monkeypatch):
+    """Experts are set up twice, at a start and at a reload, and packed the second time only if asked to."""
+    packed = []
+    kernel = SimpleNamespace(fused_experts=SimpleNamespace(process_weights_after_loading=packed.append))
+    method = SimpleNamespace(moe_kernel=None, unquantized_backend=None)
+    method._init_moe_kernel = lambda layer: setattr(method, "moe_kernel", kernel)
+    monkeypatch.setattr(
+        unquantized_fused_moe_method,
+        "convert_to_unquantized_kernel_format",
+        lambda backend, moe_config, w13_weight, w2_weight, layer: (w13_weight, w2_weight),
+    )
+    experts = RoutedExperts.__new__(RoutedExperts)
+    torch.nn.Module.__init__(experts)
+    experts.quant_method, experts.moe_config = method, None
+
+    def set_up() -> int:
+        for name in ("w13_weight", "w2_weight"):
+            experts.register_parameter(name, torch.nn.Parameter(torch.zeros(2), requires_grad=False))
+        kind = unquantized_fused_moe_method.UnquantizedFusedMoEMethod
+        kind._setup_kernel(method, experts, experts.w13_weight, experts.w2_weight)
+        return len(packed)
+
+    assert set_up() == 1
+    assert (set_up() == 1) == faulty("pack_experts_again")
+    before = len(packed)
+    workarounds.pack_experts_again(torch.nn.Sequential(experts))
+    assert set_up() == before + 1
+
+
+def test_scales_kept():
+    """The kernel reads the scales that it was made of, and does not keep them."""
+
+    def made(scales: torch.Tensor):
+        weight = torch.ones(32, 16, dtype=torch.int8).t().contiguous().t()
+        return _custom_ops.create_onednn_scaled_mm(weight, scales, torch.float32, True, False, 32)
+
+    def product(handler) -> float:
+        out = torch.empty(1, 16)
+        x, x_scale, x_zero = _custom_ops.onednn_scaled_int8_quant(torch.ones(1, 32), None, None, True)
+        _custom_ops.onednn_scaled_mm(handler, x, out, x_scale, x_zero, None, None)
+        return out[0, 0].item()
+
+    scales = torch.ones(16, 1)
+    handler, alive = made(scales), weakref.ref(scales)
+    before = product(handler)
+    scales.mul_(2)
+    reads = product(handler) == 2 * before
+    del scales
+    assert (reads and alive() is None) == faulty("scales_kept")
+    with workarounds.scales_kept():
+        scales = torch.ones(16, 1)
+        handler, alive = made(scales), weakref.ref(scales)
+        del scales
+    assert alive() is not None

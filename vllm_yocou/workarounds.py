@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from vllm import SamplingParams
     from vllm.config import VllmConfig
     from vllm.config.cache import CacheDType
@@ -36,6 +37,8 @@ FAULTY_IN = {
     "refuse_engines_without_memory_node": ("0.33",),
     "fill_spec_registry": ("0.32", "0.33"),
     "as_float_factor": ("0.32", "0.33"),
+    "pack_experts_again": ("0.32", "0.33"),
+    "scales_kept": ("0.32", "0.33"),
 }
 
 
@@ -265,3 +268,39 @@ def fill_spec_registry() -> None:
 def as_float_factor(rope_parameters: dict[str, Any]) -> dict[str, Any]:
     """RoPE settings of type linear with a float for a factor; vLLM takes a whole number for a list of factors."""
     return rope_parameters | {"factor": float(rope_parameters["factor"])}
+
+
+def pack_experts_again(layer: "nn.Module") -> None:
+    """On a CPU, let experts whose weights are about to be loaded once more be packed as at their first load.
+
+    vLLM packs them only while their kernel is not built, and would copy a matrix as it was loaded over a packed one.
+    """
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.platforms import current_platform
+
+    for module in layer.modules():
+        if isinstance(module, RoutedExperts) and current_platform.is_cpu():
+            module.quant_method.moe_kernel = None
+
+
+@contextmanager
+def scales_kept() -> Iterator[None]:
+    """While weights are loaded into a running engine on a CPU, keep the scales of int8 matrices in memory.
+
+    vLLM's kernel points to the scales that it is made of, and a reload moves them elsewhere and frees them.
+    """
+    from vllm import _custom_ops as ops
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        yield
+        return
+    create = ops.create_onednn_scaled_mm
+
+    def create_onednn_scaled_mm(weight: "torch.Tensor", weight_scales: "torch.Tensor", *args: Any) -> Any:
+        handler = create(weight, weight_scales, *args)
+        handler.weight_scales = weight_scales  # type: ignore[attr-defined]  # as long as the kernel itself
+        return handler
+
+    with patch.object(ops, "create_onednn_scaled_mm", create_onednn_scaled_mm):
+        yield

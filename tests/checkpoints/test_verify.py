@@ -1,10 +1,12 @@
 """Every deviation of a checkpoint from its config is named."""
 
+import re
+
 import pytest
 import torch
 from harness import tiny
 
-from vllm_yocou.checkpoints.verify import verified
+from vllm_yocou.checkpoints.verify import Stored, check_part, verified
 
 
 def test_all_deviations_are_named_at_once():
@@ -68,3 +70,33 @@ def test_a_tensor_that_is_there_twice_is_named():
     weights = list(tiny.model(cfg).state_dict().items())
     with pytest.raises(ValueError, match=r"holds model\.norm\.weight twice: .* move those of other models"):
         list(verified([*weights, ("model.norm.weight", torch.ones(cfg.hidden_size))], cfg))
+
+
+STORED = {"a.weight": Stored((2, 3)), "b.weight": Stored((4,), torch.int8), "b.scale": Stored((1,), torch.bfloat16)}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_part_is_whatever_fits(name):
+    dtype = STORED[name].dtype or torch.float16
+    check_part({name: torch.zeros(STORED[name].shape, dtype=dtype)}, STORED)
+
+
+@pytest.mark.parametrize(
+    "name, sent, said",
+    [
+        ("c.weight", torch.zeros(1), "unexpected: c.weight."),
+        ("a.weight", torch.zeros(3, 2), "misshapen: a.weight is [3, 2] instead of [2, 3]."),
+        (
+            "a.weight",
+            torch.zeros(2, 3, dtype=torch.int8),
+            "a.weight is of torch.int8 instead of a floating-point type.",
+        ),
+        ("b.weight", torch.zeros(4), "b.weight is of torch.float32 instead of torch.int8."),
+        ("b.scale", torch.zeros(1, dtype=torch.float8_e4m3fn), "is of torch.float8_e4m3fn instead of torch.bfloat16."),
+        ("a.weight", torch.full((2, 3), float("inf")), "hold NaN or infinity in a.weight: nothing of this part was"),
+    ],
+)
+def test_a_part_that_does_not_fit_is_refused_in_a_sentence(name, sent, said):
+    with pytest.raises(ValueError, match=re.escape(said)) as refused:
+        check_part({"b.scale": torch.ones(1), name: sent}, STORED)
+    assert "\n" not in str(refused.value)

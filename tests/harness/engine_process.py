@@ -3,9 +3,10 @@
     python -m harness.engine_process RUNNER
 
 A job is {"checkpoint": FOLDER, "settings": {...}, "batches": [[{"prompt": [...], "sampling": {...}, "adapter":
-FOLDER}]]}, with settings of vLLM's `LLM`; sampling and adapter may be left out. Its answer is one line on standard
-output, {"batches": [...]} or {"error": TRACEBACK}; everything that vLLM prints goes to standard error. The process ends
-where its input does, or by SIGALRM when a job takes longer than JOB_S.
+FOLDER}]], "calls": [[[METHOD, {...}]]]}, with settings of vLLM's `LLM`; sampling and adapter may be left out. The calls
+of a batch go to the workers before it, null for none of any batch. Its answer is one line on standard output,
+{"batches": [...]} or {"error": TRACEBACK}; everything that vLLM prints goes to standard error. The process ends where
+its input does, or by SIGALRM when a job takes longer than JOB_S.
 
 RUNNER is one of these:
 - v1. Its forward passes are eager, and read no tensor's values on the host (host_reads.py).
@@ -149,7 +150,7 @@ class RunnerEngines:
         try:
             llm = LLM(job["checkpoint"], **self.settings | job["settings"])
             assert llm.llm_engine.vllm_config.use_v2_model_runner == self.v2
-            return {"batches": self.generated(llm, job["batches"])}
+            return {"batches": self.generated(llm, job["batches"], job["calls"])}
         except Exception:
             return {"error": traceback.format_exc()}
         finally:
@@ -159,7 +160,7 @@ class RunnerEngines:
             gc.collect()
             cleanup_dist_env_and_memory()
 
-    def generated(self, llm, batches: list[list[dict]]) -> list[dict]:
+    def generated(self, llm, batches: list[list[dict]], calls: list[list]) -> list[dict]:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
@@ -169,14 +170,21 @@ class RunnerEngines:
             return LoRARequest(folder, ids.setdefault(folder, len(ids) + 1), folder)
 
         result, before = [], self.metrics(llm)
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            refusals = []
+            for method, arguments in calls[number] if calls else ():
+                try:
+                    llm.collective_rpc(method, kwargs=arguments)
+                except Exception as error:
+                    refusals.append(str(error))
             prompts = [{"prompt_token_ids": request["prompt"]} for request in batch]
             parameters = [SamplingParams(**GREEDY | request.get("sampling", {})) for request in batch]
             adapters = [adapter(request["adapter"]) if request.get("adapter") else None for request in batch]
             outputs = llm.generate(prompts, parameters, use_tqdm=False, lora_request=adapters)
             after = self.metrics(llm)
             moved = {name: after[name] - before[name] for name in after}
-            result.append({"outputs": [plain_output(output) for output in outputs], "metrics": moved})
+            plain = [plain_output(output) for output in outputs]
+            result.append({"outputs": plain, "metrics": moved, "refusals": refusals})
             before = after
         return result
 

@@ -36,10 +36,15 @@ class JobFailed(Exception):
 
 @dataclass
 class Batch:
-    """One call of `LLM.generate`: its outputs as vLLM gives them, and how far each metric moved."""
+    """One call of `LLM.generate`: its outputs as vLLM gives them, and how far each metric moved.
+
+    Attributes:
+        refusals: what the calls before it that failed said.
+    """
 
     outputs: list
     metrics: dict[str, int]
+    refusals: list[str]
 
 
 class EngineProcess:
@@ -62,16 +67,19 @@ class EngineProcess:
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def run(self, checkpoint: Path, batches: list[list[dict]], **settings) -> list[Batch]:
+    def run(
+        self, checkpoint: Path, batches: list[list[dict]], calls: list[list] | None = None, **settings
+    ) -> list[Batch]:
         """Start an engine with `settings` of vLLM's `LLM`, generate batch after batch, end the engine.
 
         Args:
             batches: of requests {"prompt": token ids, "sampling": {...}, "adapter": folder}; the last two are optional.
+            calls: for each batch, calls of all workers before it: a method's name and its arguments.
 
         Raises:
             JobFailed: with the error of the engine. The process is ready for the next job unless it died.
         """
-        job = {"checkpoint": str(checkpoint), "settings": settings, "batches": batches}
+        job = {"checkpoint": str(checkpoint), "settings": settings, "batches": batches, "calls": calls}
         with suppress(BrokenPipeError):  # where it died between two jobs, there is no answer either
             print(json.dumps(job), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
@@ -82,7 +90,10 @@ class EngineProcess:
         answer = json.loads(line)
         if "error" in answer:
             raise JobFailed(answer["error"])
-        return [Batch([request_output(plain) for plain in it["outputs"]], it["metrics"]) for it in answer["batches"]]
+        return [
+            Batch([request_output(plain) for plain in it["outputs"]], it["metrics"], it["refusals"])
+            for it in answer["batches"]
+        ]
 
     def close(self) -> None:
         """Let it end by itself, which it does after its current job."""

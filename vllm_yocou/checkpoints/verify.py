@@ -2,10 +2,12 @@
 
 The loader compares what it is given with the table of `format`, so a wrong checkpoint ends in one error that names the
 missing, unexpected and misshapen tensors, the first six of each kind. Damage that leaves the names and shapes as they
-are is seen as far as it makes a file unreadable or a number NaN or infinite.
+are is seen as far as it makes a file unreadable or a number NaN or infinite. Weights that are sent to a running engine
+come in parts, so nothing can be missing of them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +19,26 @@ from vllm_yocou.config import YocoUConfig
 
 # What a quantization method calls the numbers of a matrix themselves.
 NUMBERS = ("weight", "weight_packed", "qweight")
+# Among these a load converts; whole numbers and eight bits mean something only together with their scales.
+CONVERTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a served model's checkpoint holds under a name; without a dtype, any floating-point type."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+    def deviation(self, tensor: torch.Tensor) -> str | None:
+        """How a tensor that is sent differs, to be read after its name."""
+        if tuple(tensor.shape) != self.shape:
+            return f"is {list(tensor.shape)} instead of {list(self.shape)}"
+        if self.dtype is None:
+            return None if tensor.is_floating_point() else f"is of {tensor.dtype} instead of a floating-point type"
+        if tensor.dtype == self.dtype or {tensor.dtype, self.dtype} <= set(CONVERTED):
+            return None
+        return f"is of {tensor.dtype} instead of {self.dtype}"
 
 
 def check_files(folder: Path) -> None:
@@ -84,6 +106,28 @@ def verified(
         raise ValueError(
             f"the checkpoint holds NaN or infinity in {listed(not_finite)}: its training diverged or the file is "
             "damaged, fetch or convert it again."
+        )
+
+
+def check_part(part: Mapping[str, torch.Tensor], stored: Mapping[str, Stored]) -> None:
+    """Raise ValueError if a tensor that is sent to a running engine is unexpected, misshapen or not finite.
+
+    Args:
+        part: by name, in the checkpoint's spelling.
+        stored: what the served model's checkpoint holds.
+    """
+    known = {name: tensor for name, tensor in part.items() if name in stored}
+    differing = {name: stored[name].deviation(tensor) for name, tensor in known.items()}
+    misshapen = [f"{name} {deviation}" for name, deviation in differing.items() if deviation]
+    if problems := deviations([], [name for name in part if name not in stored], misshapen):
+        raise ValueError(
+            f"the weights that were sent do not fit the served model, {problems}. Nothing of this part was loaded, "
+            "send it as the checkpoint has it."
+        )
+    if not_finite := [name for name, tensor in known.items() if not _is_finite(tensor)]:
+        raise ValueError(
+            f"the weights that were sent hold NaN or infinity in {listed(not_finite)}: nothing of this part was "
+            "loaded, go back to a checkpoint from before the training diverged."
         )
 
 

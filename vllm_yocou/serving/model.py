@@ -39,6 +39,7 @@ from vllm_yocou.serving.compilation import (
 from vllm_yocou.serving.feed_forward import decide_gate
 from vllm_yocou.serving.layers import CrossDecoderLayer, GlobalKV, SelfDecoderLayer
 from vllm_yocou.serving.lora import SelectedRowsAdapters
+from vllm_yocou.serving.weight_update import WeightUpdate
 
 logger = logging.getLogger("vllm.plugins.yocou")
 
@@ -191,6 +192,7 @@ class YocoUForCausalLM(nn.Module, SupportsLoRA):
             self.packed_modules_mapping = self.packed_modules_mapping | {"kv_proj": ["q_proj", "k_proj", "v_proj"]}
         # Quantized on disk, not on the way in (`--quantization` on a plain checkpoint).
         self.quantized = getattr(self.config, "quantization_config", None) is not None
+        self.update = WeightUpdate(vllm_config, self.hf_to_vllm_mapper, self.quantized)
         self.model = YocoUModel(vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             self.config.vocab_size,
@@ -236,7 +238,15 @@ class YocoUForCausalLM(nn.Module, SupportsLoRA):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        fitting = verified(weights, self.config, self.quantized)
+        """Load the checkpoint of a start, whole; or later a part of one, of any size.
+
+        Raises:
+            ValueError: it does not fit. A part that is refused changes nothing.
+        """
+        # vLLM's loaders put a model into evaluation mode at the end of a start, whatever has loaded it.
+        if not self.training:
+            return self.update.load(self, weights)
+        fitting = self.update.recorded(verified(weights, self.config, self.quantized))
         loaded = AutoWeightsLoader(self).load_weights(fitting, mapper=self.hf_to_vllm_mapper)
         decide_gate(self, self.config, loaded)
         return loaded
