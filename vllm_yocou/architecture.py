@@ -23,6 +23,20 @@ REQUIRED = (
 )
 MOE_KEYS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+# The authors' switches. A saved file names those that are on, so that one without them is as older versions wrote it.
+SWITCHES = (
+    "differential_attention",
+    "headwise_glu",
+    "attention_bias",
+    "qk_clip_limit",
+    "swiglu_limit",
+    "first_k_dense_replace",
+    "router_in_fp32",
+    "moe_latent_size",
+    "moe_latent_norm",
+    "residual_in_fp32",
+    "logit_scale",
+)
 # Values of keys that a file leaves out, until `complete` refuses or derives them.
 MISSING: Any = None
 DERIVED: Any = None
@@ -48,6 +62,21 @@ class Architecture:
         num_experts, num_experts_per_tok, moe_intermediate_size: mixture of experts in every layer, absent = dense.
         shared_expert_intermediate_size: width of the expert that every token uses, absent = none.
         shared_expert_gate: whether a sigmoid gate scales that expert; None = the checkpoint's weights decide.
+
+    Those of the authors' family, off by default:
+        differential_attention: "v2" or "v3": heads have two queries each, whose outputs are subtracted; sigmoid gates
+            scale the second ("v2") or both ("v3").
+        headwise_glu: a sigmoid gate scales every head's output.
+        attention_bias: biases on q, k, v and o, and on the global k and v.
+        qk_clip_limit: the norms that `qk_norm` places shrink heads whose root mean square exceeds this, and leave
+            others as they are.
+        swiglu_limit: SwiGLU's gate is at most this, and its other factor within plus and minus this.
+        first_k_dense_replace: stored layers, from the first on, that are dense in a mixture of experts.
+        router_in_fp32: the router's weights and products are float32, whatever the model's dtype.
+        moe_latent_size, moe_latent_norm: routed experts read and write vectors of this width, with an RMSNorm after
+            the projection to it and one before the projection back.
+        residual_in_fp32: the sum that layers add to is float32, whatever the model's dtype.
+        logit_scale: a factor of the logits.
 
     Raises:
         ValueError: a value from which no model can be built; the sentence names the key, the value and the remedy.
@@ -77,6 +106,17 @@ class Architecture:
     shared_expert_intermediate_size: int | None = None
     shared_expert_gate: bool | None = None
     norm_topk_prob: bool = True
+    differential_attention: str = "none"
+    headwise_glu: bool = False
+    attention_bias: bool = False
+    qk_clip_limit: float | None = None
+    swiglu_limit: float | None = None
+    first_k_dense_replace: int = 0
+    router_in_fp32: bool = False
+    moe_latent_size: int | None = None
+    moe_latent_norm: bool = False
+    residual_in_fp32: bool = False
+    logit_scale: float = 1.0
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = MISSING
@@ -120,6 +160,24 @@ class Architecture:
     def is_moe(self) -> bool:
         return self.num_experts is not None
 
+    @property
+    def is_differential(self) -> bool:
+        return self.differential_attention != "none"
+
+    @property
+    def num_query_heads(self) -> int:
+        """Heads that `q_proj` makes in the self-decoder: differential attention subtracts the outputs of two."""
+        return self.num_attention_heads * (2 if self.is_differential else 1)
+
+    @property
+    def cross_num_query_heads(self) -> int:
+        """The same in the cross-decoder."""
+        return self.cross_num_attention_heads * (2 if self.is_differential else 1)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the stored layer of this number, counted through both decoders, is a mixture of experts."""
+        return self.is_moe and layer >= self.first_k_dense_replace
+
     def complete(self) -> None:
         """Derive the sizes that were left out; raise ValueError if a required key is missing or a value is refused."""
         for key in REQUIRED:
@@ -149,6 +207,7 @@ class Architecture:
         self._check_layers()
         self._check_heads()
         self._check_experts()
+        self._check_combinations()
         self._check_token_ids()
 
     def check_ranks(self, ranks: int) -> None:
@@ -211,6 +270,32 @@ class Architecture:
                 "shared_expert_gate is True without shared_expert_intermediate_size: there is no shared expert to "
                 "gate, remove the one or give the other."
             )
+
+    def _check_combinations(self) -> None:
+        """Of the authors' switches, those that mean nothing with or without another key."""
+        if self.headwise_glu and self.is_differential:
+            raise ValueError(
+                f"headwise_glu is true with differential_attention '{self.differential_attention}', whose gates take "
+                "its place: choose one of them."
+            )
+        if self.qk_clip_limit is not None and self.qk_norm == "none":
+            raise ValueError(
+                f"qk_clip_limit is {self.qk_clip_limit} with qk_norm 'none': it changes those norms, set qk_norm to "
+                "'self' or 'all' or remove it."
+            )
+        if self.first_k_dense_replace >= self.num_hidden_layers:
+            raise ValueError(
+                f"first_k_dense_replace is {self.first_k_dense_replace} of num_hidden_layers "
+                f"{self.num_hidden_layers}: a mixture of experts needs a layer with experts, choose fewer."
+            )
+        for key in ("first_k_dense_replace", "router_in_fp32", "moe_latent_size"):
+            if getattr(self, key) and not self.is_moe:
+                raise ValueError(
+                    f"{key} is {getattr(self, key)} without {', '.join(MOE_KEYS)}: a dense model has no experts, "
+                    "remove it or give all of them."
+                )
+        if self.moe_latent_norm and self.moe_latent_size is None:
+            raise ValueError("moe_latent_norm is true without moe_latent_size: there is nothing to norm, remove it.")
 
     def _check_token_ids(self) -> None:
         for key in TOKEN_IDS:

@@ -39,12 +39,15 @@ class Whole:
 
 @dataclass(frozen=True)
 class Number:
-    """A number up to `most`: above zero, or from zero on where `zero` says so."""
+    """A number up to `most`: above zero, or from zero on where `zero` says so; `optional` accepts None as well."""
 
     most: float
     zero: bool = False
+    optional: bool = False
 
     def complaint(self, value: Any) -> str | None:
+        if value is None and self.optional:
+            return None
         if is_number(value) and 0 <= value <= self.most and (value > 0 or self.zero):
             return None
         if self.zero:
@@ -77,7 +80,7 @@ class Choice:
 
 COUNT, SIZE = Whole(1, MOST_PARTS), Whole(1, LARGEST_SIZE)
 OPTIONAL_COUNT, OPTIONAL_SIZE = Whole(1, MOST_PARTS, optional=True), Whole(1, LARGEST_SIZE, optional=True)
-FLAG, FACTOR = Flag(), Number(LARGEST_FACTOR)
+FLAG, FACTOR, OPTIONAL_FACTOR = Flag(), Number(LARGEST_FACTOR), Number(LARGEST_FACTOR, optional=True)
 
 # Every key that can be judged by itself. RoPE settings have rules of their own (rope.py), and what a token id may be
 # depends on vocab_size (architecture.py).
@@ -111,23 +114,32 @@ KEYS: dict[str, Rule] = {
     "num_experts_per_tok": OPTIONAL_COUNT,
     "moe_intermediate_size": OPTIONAL_SIZE,
     "shared_expert_intermediate_size": OPTIONAL_SIZE,
+    "differential_attention": Choice(("none", "v2", "v3"), "choose one of none, v2, v3"),
+    "headwise_glu": FLAG,
+    "attention_bias": FLAG,
+    "qk_clip_limit": OPTIONAL_FACTOR,
+    "swiglu_limit": OPTIONAL_FACTOR,
+    "first_k_dense_replace": Whole(0, MOST_PARTS),
+    "router_in_fp32": FLAG,
+    "moe_latent_size": OPTIONAL_SIZE,
+    "moe_latent_norm": FLAG,
+    "residual_in_fp32": FLAG,
+    "logit_scale": FACTOR,
 }
 
 # Properties of a config, which follow from its other keys.
-DERIVED_KEYS = ("num_cross_decoder_layers", "layer_types", "is_moe")
+DERIVED_KEYS = (
+    "num_cross_decoder_layers",
+    "layer_types",
+    "is_moe",
+    "is_differential",
+    "num_query_heads",
+    "cross_num_query_heads",
+)
 # Keys that only the two foreign schemas have: a file with one of them was never converted.
 FOREIGN_SCHEMA_KEYS = ("universal_loop", "yoco_cross_layers", "yoco_window_size", "n_self_heads", "n_layers", "d_model")
-# Switches of the authors' code that change the computation; this architecture has none of them.
-FOREIGN_SWITCHES = (
-    "diff_attention",
-    "diff_v2",
-    "diff_v3",
-    "gated_attention",
-    "qk_rms_clip",
-    "swiglu_limit",
-    "attention_bias",
-    "mlp_bias",
-)
+# Switches of other schemas that change the computation; a converted checkpoint has keys of ours in their place.
+FOREIGN_SWITCHES = ("diff_attention", "diff_v2", "diff_v3", "gated_attention", "qk_rms_clip", "mlp_bias")
 
 
 def check_keys(config: object, keys: Iterable[str] = KEYS) -> None:

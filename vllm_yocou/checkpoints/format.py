@@ -11,8 +11,8 @@ NAMED = 6  # tensors that an error lists by name before it counts the rest
 def expected_shapes(config: Architecture) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a checkpoint; matrices are (out, in) as in torch.nn.Linear."""
     D, V = config.hidden_size, config.vocab_size
-    H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    Hc, Kc, dc = config.cross_num_attention_heads, config.cross_num_key_value_heads, config.cross_head_dim
+    K, d = config.num_key_value_heads, config.head_dim
+    Kc, dc = config.cross_num_key_value_heads, config.cross_head_dim
     self_norms = config.qk_norm in ("self", "all")
     cross_norms = config.qk_norm == "all"
 
@@ -21,22 +21,19 @@ def expected_shapes(config: Architecture) -> dict[str, tuple[int, ...]]:
         shapes["lm_head.weight"] = (V, D)
     for i in range(config.num_self_decoder_layers):
         layer = f"model.self_decoder.layers.{i}"
-        shapes |= _layer_shapes(layer, config)
-        shapes[f"{layer}.self_attn.q_proj.weight"] = (H * d, D)
-        shapes[f"{layer}.self_attn.k_proj.weight"] = (K * d, D)
-        shapes[f"{layer}.self_attn.v_proj.weight"] = (K * d, D)
-        shapes[f"{layer}.self_attn.o_proj.weight"] = (D, H * d)
+        shapes |= _layer_shapes(layer, config, config.has_experts(i))
+        shapes |= _query_shapes(f"{layer}.self_attn", config, config.num_attention_heads, d)
+        shapes |= _key_value_shapes(f"{layer}.self_attn", config, K * d)
         if self_norms:
             shapes[f"{layer}.self_attn.q_norm.weight"] = shapes[f"{layer}.self_attn.k_norm.weight"] = (d,)
     shapes["model.global_kv.norm.weight"] = (D,)
-    shapes["model.global_kv.k_proj.weight"] = shapes["model.global_kv.v_proj.weight"] = (Kc * dc, D)
+    shapes |= _key_value_shapes("model.global_kv", config, Kc * dc)
     if cross_norms:
         shapes["model.global_kv.k_norm.weight"] = (dc,)
     for j in range(config.num_cross_decoder_layers):
         layer = f"model.cross_decoder.layers.{j}"
-        shapes |= _layer_shapes(layer, config)
-        shapes[f"{layer}.cross_attn.q_proj.weight"] = (Hc * dc, D)
-        shapes[f"{layer}.cross_attn.o_proj.weight"] = (D, Hc * dc)
+        shapes |= _layer_shapes(layer, config, config.has_experts(config.num_self_decoder_layers + j))
+        shapes |= _query_shapes(f"{layer}.cross_attn", config, config.cross_num_attention_heads, dc)
         if cross_norms:
             shapes[f"{layer}.cross_attn.q_norm.weight"] = (dc,)
     return shapes
@@ -47,21 +44,54 @@ def undecided_shapes(config: Architecture) -> dict[str, tuple[int, ...]]:
     if not config.leaves_gate_to_weights:
         return {}
     sides = (("self", config.num_self_decoder_layers), ("cross", config.num_cross_decoder_layers))
-    layers = (f"model.{side}_decoder.layers.{i}" for side, count in sides for i in range(count))
-    return {f"{layer}.mlp.shared_expert_gate.weight": (1, config.hidden_size) for layer in layers}
+    layers = [f"model.{side}_decoder.layers.{i}" for side, count in sides for i in range(count)]
+    with_experts = layers[config.first_k_dense_replace :]
+    return {f"{layer}.mlp.shared_expert_gate.weight": (1, config.hidden_size) for layer in with_experts}
 
 
-def _layer_shapes(layer: str, config: Architecture) -> dict[str, tuple[int, ...]]:
-    D, E, width = config.hidden_size, config.num_experts, config.moe_intermediate_size
+def _query_shapes(prefix: str, config: Architecture, heads: int, d: int) -> dict[str, tuple[int, ...]]:
+    """Of an attention whose output projection reads `heads` heads of `d`: queries, output and gates."""
+    D, queries = config.hidden_size, heads * (2 if config.is_differential else 1)
+    shapes: dict[str, tuple[int, ...]] = {f"{prefix}.q_proj.weight": (queries * d, D)}
+    shapes[f"{prefix}.o_proj.weight"] = (D, heads * d)
+    if config.is_differential:
+        shapes[f"{prefix}.lambda_proj.weight"] = (queries if config.differential_attention == "v3" else heads, D)
+    if config.headwise_glu:
+        shapes[f"{prefix}.gate_proj.weight"] = (heads, D)
+    return shapes | _biases(config, {f"{prefix}.q_proj": queries * d, f"{prefix}.o_proj": D})
+
+
+def _key_value_shapes(prefix: str, config: Architecture, width: int) -> dict[str, tuple[int, ...]]:
+    widths = {f"{prefix}.k_proj": width, f"{prefix}.v_proj": width}
+    return {f"{name}.weight": (width, config.hidden_size) for name in widths} | _biases(config, widths)
+
+
+def _biases(config: Architecture, widths: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.bias": (width,) for name, width in widths.items()} if config.attention_bias else {}
+
+
+def _layer_shapes(layer: str, config: Architecture, has_experts: bool) -> dict[str, tuple[int, ...]]:
+    D, E, width, latent = (
+        config.hidden_size,
+        config.num_experts,
+        config.moe_intermediate_size,
+        config.moe_latent_size,
+    )
     shapes: dict[str, tuple[int, ...]] = {
         f"{layer}.input_layernorm.weight": (D,),
         f"{layer}.post_attention_layernorm.weight": (D,),
     }
-    if E is None or width is None:
+    if E is None or width is None or not has_experts:
         return shapes | _swiglu_shapes(f"{layer}.mlp", D, config.intermediate_size)
     shapes[f"{layer}.mlp.gate.weight"] = (E, D)
     for e in range(E):
-        shapes |= _swiglu_shapes(f"{layer}.mlp.experts.{e}", D, width)
+        shapes |= _swiglu_shapes(f"{layer}.mlp.experts.{e}", latent or D, width)
+    if latent is not None:
+        shapes[f"{layer}.mlp.fc1_latent_proj.weight"] = (latent, D)
+        shapes[f"{layer}.mlp.fc2_latent_proj.weight"] = (D, latent)
+        if config.moe_latent_norm:
+            shapes[f"{layer}.mlp.fc1_latent_norm.weight"] = (latent,)
+            shapes[f"{layer}.mlp.fc2_latent_norm.weight"] = (latent,)
     if config.shared_expert_intermediate_size is not None:
         shapes |= _swiglu_shapes(f"{layer}.mlp.shared_expert", D, config.shared_expert_intermediate_size)
         if config.shared_expert_gate:

@@ -114,8 +114,8 @@ def flops(config: Architecture, context: int) -> int:
     """
     T, S = config.num_iterations, config.num_self_decoder_layers
     keys = min(context, config.sliding_window)
-    windows = T * S * 2 * config.num_attention_heads * config.head_dim * keys
-    width = config.cross_num_attention_heads * config.cross_head_dim
+    windows = T * S * 2 * config.num_query_heads * config.head_dim * keys
+    width = config.cross_num_query_heads * config.cross_head_dim
     cross = config.num_cross_decoder_layers * 2 * width * context
     looped = (T - 1) * _matrices(config, "self_decoder")
     return 2 * (active_parameters(config) + looped + windows + cross)

@@ -3,143 +3,47 @@
 It is a Hugging Face model: it trains (labels, gradient checkpointing), generates and saves. It shares no code with the
 served model, because it is what that is compared with.
 
-Shapes: B sequences, N tokens of this call, L keys (cached and of this call), D hidden_size, H query and K key/value
-heads of size d.
+Shapes: B sequences, N tokens of this call, L keys (cached and of this call), D hidden_size, H heads that o_proj reads,
+Q query heads (2 H with differential attention, else H) and K key/value heads, all of size d.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.loading_report import LoadStateDictInfo
 from transformers.utils.output_capturing import capture_outputs
 
 from vllm_yocou.config import YocoUConfig
+from vllm_yocou.reference.attention import Attention, CrossAttention, GlobalKV, WindowAttention
 from vllm_yocou.reference.cache import YocoUCache
 from vllm_yocou.reference.feed_forward import MLP, MoE
 from vllm_yocou.reference.generation import YocoUGenerationMixin
-from vllm_yocou.reference.rope import Rotation, rotate
+from vllm_yocou.reference.norm import StreamRMSNorm
+from vllm_yocou.reference.precision import at_least_float32
+from vllm_yocou.reference.rope import Rotation
 from vllm_yocou.reference.shared_expert_gate import decide, left_to_weights, weights_follow
 
 
-class Attention(nn.Module):
-    """What both decoders' attentions share: queries, the call of the configured attention function, the output."""
-
-    is_causal = True
-
-    def __init__(self, config: YocoUConfig, heads: int, kv_heads: int, head_dim: int, qk_norm: bool, rope: bool):
-        super().__init__()
-        self.config = config
-        self.head_dim = head_dim
-        self.num_key_value_groups = heads // kv_heads
-        self.rope = rope
-        self.q_proj = nn.Linear(config.hidden_size, heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(head_dim, config.rms_norm_eps) if qk_norm else None
-
-    def query(self, h_BND: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
-        return heads_of(self.q_proj(h_BND), self.head_dim, self.q_norm, rotation if self.rope else None)
-
-    def attend(
-        self,
-        q_BHNd: torch.Tensor,
-        k_BKLd: torch.Tensor,
-        v_BKLd: torch.Tensor,
-        mask: Any,
-        sliding_window: int | None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the output (B, N, D), and the weights (B, H, N, L) if the attention function has them."""
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        out_BNHd, weights_BHNL = attend(
-            self, q_BHNd, k_BKLd, v_BKLd, mask, scaling=self.head_dim**-0.5, sliding_window=sliding_window, **kwargs
-        )
-        return self.o_proj(out_BNHd.flatten(-2)), weights_BHNL
-
-
-class WindowAttention(Attention):
-    """Self-decoder attention: a token sees W keys, itself included, of its own iteration."""
-
-    def __init__(self, config: YocoUConfig, layer: int):
-        H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        super().__init__(config, H, K, d, qk_norm=config.qk_norm != "none", rope=True)
-        self.layer = layer
-        self.k_proj = nn.Linear(config.hidden_size, K * d, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, K * d, bias=False)
-        self.k_norm = nn.RMSNorm(d, config.rms_norm_eps) if config.qk_norm != "none" else None
-
-    def forward(
-        self,
-        h_BND: torch.Tensor,
-        iteration: int,
-        rotation: Rotation,
-        mask: Any,
-        cache: YocoUCache | None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        k_BKLd = heads_of(self.k_proj(h_BND), self.head_dim, self.k_norm, rotation)
-        v_BKLd = heads_of(self.v_proj(h_BND), self.head_dim)
-        if cache is not None:
-            slot = iteration * self.config.num_self_decoder_layers + self.layer
-            k_BKLd, v_BKLd = cache.update(k_BKLd, v_BKLd, slot)
-        q_BHNd = self.query(h_BND, rotation)
-        return self.attend(q_BHNd, k_BKLd, v_BKLd, mask, self.config.sliding_window, **kwargs)
-
-
-class CrossAttention(Attention):
-    """Cross-decoder attention: its own queries over the global keys and values."""
-
-    def __init__(self, config: YocoUConfig):
-        H, K, d = config.cross_num_attention_heads, config.cross_num_key_value_heads, config.cross_head_dim
-        super().__init__(config, H, K, d, qk_norm=config.qk_norm == "all", rope=config.cross_decoder_rope)
-
-    def forward(
-        self,
-        h_BND: torch.Tensor,
-        k_BKLd: torch.Tensor,
-        v_BKLd: torch.Tensor,
-        rotation: Rotation | None,
-        mask: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.attend(self.query(h_BND, rotation), k_BKLd, v_BKLd, mask, None, **kwargs)
-
-
-class GlobalKV(nn.Module):
-    """The one global KV: g = RMSNorm(x), K = Wk g, V = Wv g, once per token, for every cross layer."""
-
-    def __init__(self, config: YocoUConfig):
-        super().__init__()
-        self.head_dim = config.cross_head_dim
-        self.rope = config.cross_decoder_rope
-        width = config.cross_num_key_value_heads * config.cross_head_dim
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm == "all" else None
-
-    def forward(self, x_BND: torch.Tensor, rotation: Rotation | None) -> tuple[torch.Tensor, torch.Tensor]:
-        g_BND = self.norm(x_BND)
-        k_BKNd = heads_of(self.k_proj(g_BND), self.head_dim, self.k_norm, rotation if self.rope else None)
-        return k_BKNd, heads_of(self.v_proj(g_BND), self.head_dim)
-
-
 class DecoderLayer(GradientCheckpointingLayer):
-    """The half of a layer that both decoders have: two norms, and the feed-forward with its residual."""
+    """The half of a layer that both decoders have: two norms, and the feed-forward with its residual.
 
-    def __init__(self, config: YocoUConfig):
+    `stored` counts layers through both decoders.
+    """
+
+    def __init__(self, config: YocoUConfig, stored: int):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MoE(config) if config.is_moe else MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = StreamRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = StreamRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.has_experts(stored):
+            self.mlp: nn.Module = MoE(config)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.swiglu_limit)
 
     def feed_forward(self, x_BND: torch.Tensor) -> torch.Tensor:
         return x_BND + self.mlp(self.post_attention_layernorm(x_BND))
@@ -149,7 +53,7 @@ class SelfDecoderLayer(DecoderLayer):
     """A layer of the self-decoder. Its attention has the checkpoint's name, `self_attn`."""
 
     def __init__(self, config: YocoUConfig, layer: int):
-        super().__init__(config)
+        super().__init__(config, layer)
         self.self_attn = WindowAttention(config, layer)
 
     def forward(self, x_BND: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -160,8 +64,8 @@ class SelfDecoderLayer(DecoderLayer):
 class CrossDecoderLayer(DecoderLayer):
     """A layer of the cross-decoder. Its attention has the checkpoint's name, `cross_attn`."""
 
-    def __init__(self, config: YocoUConfig):
-        super().__init__(config)
+    def __init__(self, config: YocoUConfig, layer: int):
+        super().__init__(config, config.num_self_decoder_layers + layer)
         self.cross_attn = CrossAttention(config)
 
     def forward(self, x_BND: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -222,8 +126,8 @@ class YocoUModel(YocoUPreTrainedModel):
         self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.self_decoder = Decoder([SelfDecoderLayer(config, i) for i in range(config.num_self_decoder_layers)])
         self.global_kv = GlobalKV(config)
-        self.cross_decoder = Decoder([CrossDecoderLayer(config) for _ in range(config.num_cross_decoder_layers)])
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.cross_decoder = Decoder([CrossDecoderLayer(config, j) for j in range(config.num_cross_decoder_layers)])
+        self.norm = StreamRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -279,13 +183,16 @@ class YocoUModel(YocoUPreTrainedModel):
             position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
 
         cfg, cache = self.config, past_key_values
-        x_BND = inputs_embeds * cfg.embedding_multiplier
+        x_BND = inputs_embeds
+        if cfg.residual_in_fp32:  # what layers add is then added in float32 too: torch widens it
+            x_BND = x_BND.to(at_least_float32(x_BND))
+        x_BND = x_BND * cfg.embedding_multiplier
         if isinstance(attention_mask, dict):
             if missing := {"sliding_attention", "full_attention"} - attention_mask.keys():
                 raise ValueError(f"attention_mask has no '{missing.pop()}': give a mask for each kind of attention.")
             window_mask, global_mask = attention_mask["sliding_attention"], attention_mask["full_attention"]
         else:
-            mask_arguments = (cfg, x_BND, attention_mask, cache, position_ids)
+            mask_arguments = (cfg, inputs_embeds, attention_mask, cache, position_ids)
             window_mask = create_sliding_window_causal_mask(*mask_arguments)
             global_mask = create_causal_mask(*mask_arguments)
         dtype = at_least_float32(x_BND)
@@ -341,7 +248,7 @@ class YocoUForCausalLM(YocoUPreTrainedModel, YocoUGenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.lm_head(outputs.last_hidden_state[:, kept]) * self.config.logit_scale
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **training)
@@ -352,40 +259,3 @@ class YocoUForCausalLM(YocoUPreTrainedModel, YocoUGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-def at_least_float32(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which angles and softmax are computed for x: its own, or float32 if that is wider."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def heads_of(
-    x_BNX: torch.Tensor, head_dim: int, norm: nn.Module | None = None, rotation: Rotation | None = None
-) -> torch.Tensor:
-    """Split a projection (B, N, heads · d) into (B, heads, N, d); norm and rotate it where these are given."""
-    x_BHNd = x_BNX.unflatten(-1, (-1, head_dim)).transpose(1, 2)
-    if norm is not None:
-        x_BHNd = norm(x_BHNd)
-    return x_BHNd if rotation is None else rotate(x_BHNd, rotation)
-
-
-def eager_attention(
-    module: Attention,
-    q_BHNd: torch.Tensor,
-    k_BKLd: torch.Tensor,
-    v_BKLd: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention written out, for `attn_implementation="eager"`, with an additive mask (B, 1, N, L).
-
-    Returns the output (B, N, H, d) and the weights (B, H, N, L).
-    """
-    k_BHLd = repeat_kv(k_BKLd, module.num_key_value_groups)
-    v_BHLd = repeat_kv(v_BKLd, module.num_key_value_groups)
-    scores_BHNL = q_BHNd @ k_BHLd.transpose(-1, -2) * scaling
-    if mask is not None:
-        scores_BHNL = scores_BHNL + mask
-    weights_BHNL = scores_BHNL.to(at_least_float32(q_BHNd)).softmax(-1).to(q_BHNd.dtype)
-    return (weights_BHNL @ v_BHLd).transpose(1, 2), weights_BHNL
