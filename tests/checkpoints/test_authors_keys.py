@@ -152,6 +152,7 @@ def test_keys_that_change_nothing_are_read(tmp_path):
         (dict(mlp_bias=True), "'mlp_bias' is True"),
         (dict(qk_rms_clip=4.0), "'qk_rms_clip' is 4.0: it must be true or false"),
         (dict(swiglu_limit="ten"), "'swiglu_limit' is 'ten': it must be a number"),
+        (dict(swiglu_limit=float("nan")), "swiglu_limit is nan"),
         (dict(d_model=None), "'hidden_size' or 'd_model' is missing"),
         (dict(max_seq_len=None), "give --context"),
         (dict(max_seq_len=-1), "give --context"),

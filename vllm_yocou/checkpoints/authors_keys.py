@@ -157,7 +157,7 @@ def read_keys(given: Mapping[str, Any], found: dict[str, Origin], context: int |
         max_position_embeddings=context_length(keys.value("max_position_embeddings", "max_seq_len"), context),
         rope_parameters={"rope_type": "default", "rope_theta": keys.value("rope_theta", assumed=10000.0)},
         rms_norm_eps=keys.value("rms_norm_eps", "norm_eps", assumed=1e-6),
-        swiglu_limit=limit if limit > 0 else None,
+        swiglu_limit=None if limit <= 0 else limit,
         logit_scale=1.0 if scale is None else scale,
         residual_in_fp32=True,
         tie_word_embeddings=_tied(keys, found, of_trainer),
