@@ -9,7 +9,6 @@ from harness.conversions import planned, save_changed
 
 FAMILY = sources.AUTHORS_FAMILY
 V3, V2 = FAMILY["moe-v3-latent"], FAMILY["dense-v2-clip"]
-DIFFERENTIAL = ("diff_v3", "diff_v2", "diff_attention")
 
 
 def read(folder, config, keys=(), **changes):
@@ -73,6 +72,7 @@ def test_a_limit_of_zero_or_less_is_none(limit, tmp_path):
         (dict(diff_v3=False, diff_v2=True, diff_attention=False), V2, "v2"),
         (dict(diff_v3=False, diff_v2=None, diff_attention=True), V2, "v2"),
         (dict(diff_v3=None, diff_v2=None, diff_attention=None), V2, "v2"),
+        (dict(diff_v3=False, diff_v2=None, diff_attention=None), V2, "v2"),
         (dict(diff_v3=False, diff_v2=False, diff_attention=True), sources.AUTHORS, "none"),
         (dict(diff_v3=False, diff_v2=None, diff_attention=False), sources.AUTHORS, "none"),
     ],
@@ -80,15 +80,17 @@ def test_a_limit_of_zero_or_less_is_none(limit, tmp_path):
 def test_differential_attention_by_the_first_key_that_is_there(keys, weights, kind, tmp_path):
     plan = read(tmp_path, weights, keys)
     assert plan.config.differential_attention == kind
-    assert any("differential attention (v2) is used" in note for note in plan.notes) == (set(keys.values()) == {None})
+    undeclared = not keys["diff_v3"] and keys["diff_v2"] is None and keys["diff_attention"] is None
+    assert any("differential attention (v2) is used" in note for note in plan.notes) == undeclared
 
 
 @pytest.mark.parametrize("config", [sources.AUTHORS, sources.AUTHORS | dict(diff_v3=True)], ids=["none", "v3"])
-def test_shapes_contradict_absent_keys_of_differential_attention(config, tmp_path):
+@pytest.mark.parametrize("v3", [None, False])
+def test_shapes_contradict_absent_keys_of_differential_attention(config, v3, tmp_path):
     with pytest.raises(
         ValueError, match=r"which means differential attention \(v2\) to the authors' code, and model\."
     ):
-        read(tmp_path, config, dict.fromkeys(DIFFERENTIAL))
+        read(tmp_path, config, dict(diff_v3=v3, diff_v2=None, diff_attention=None))
 
 
 @pytest.mark.parametrize("self_only, norms, notes", [(True, "self", 0), (False, "all", 0), (None, "all", 1)])

@@ -170,7 +170,7 @@ def read_keys(given: Mapping[str, Any], found: dict[str, Origin], context: int |
         )
     normalised = bool(keys.flag("router_weights_normalized"))
     refuse_unknown(dict(given), keys.read | UNREAD, config)
-    if all(given.get(key) is None for key in DIFFERENTIAL):
+    if not given.get("diff_v3") and all(given.get(key) is None for key in ("diff_v2", "diff_attention")):
         _refuse_undeclared(config, found)
     return Reading(config, weighted, normalised, by_half, keys.notes)
 
@@ -244,8 +244,8 @@ def _differential(keys: Keys, of_trainer: bool) -> tuple[str, bool]:
         return "v3", by_half
     if v2 is None and either is None:
         keys.notes.append(
-            "the source gives none of 'diff_v3', 'diff_v2' and 'diff_attention': differential attention (v2) is used, "
-            "as in the authors' code."
+            "the source does not say by 'diff_v3', 'diff_v2' or 'diff_attention' which attention it has: differential "
+            "attention (v2) is used, as in the authors' code."
         )
         return "v2", False
     return ("v2" if (either if v2 is None else v2) else "none"), False
@@ -338,7 +338,7 @@ def _refuse_undeclared(config: YocoUConfig, found: dict[str, Origin]) -> None:
         stored = origin.tensor.shape[0] if origin and origin.tensor and origin.tensor.shape else 0
         if stored != rows:
             raise ValueError(
-                "the source gives none of 'diff_v3', 'diff_v2' and 'diff_attention', which means differential "
-                f"attention (v2) to the authors' code, and {name} has {stored} rows instead of {rows}: set 'diff_v2' "
-                "and 'diff_v3' to what it was trained with."
+                "the source does not say by 'diff_v3', 'diff_v2' or 'diff_attention' which attention it has, which "
+                f"means differential attention (v2) to the authors' code, and {name} has {stored} rows instead of "
+                f"{rows}: set 'diff_v2' and 'diff_v3' to what it was trained with."
             )
