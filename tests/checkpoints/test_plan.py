@@ -19,7 +19,7 @@ def test_another_dtype(tmp_path):
 
 
 def test_every_source_tensor_is_used_or_named(tmp_path):
-    config = sources.AUTHORS | dict(weight_tying=True)
+    config = sources.AUTHORS | dict(weight_tying=True, tie_word_embeddings=True)
     weights = sources.authors_weights(config)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = 5000.0 ** -(torch.arange(8) / 8)

@@ -22,7 +22,7 @@ def test_an_entry_has_a_module_that_recognises_and_maps(schema):
         (
             "convert",
             {},
-            "neither params.json nor config.json: give the folder of a checkpoint of the 2024 YOCO code or",
+            "neither params.json nor config.json nor metadata.json: give the folder of a checkpoint of the 2024",
         ),
         ("upcycle", {}, "no config.json: give the folder of a Llama in Hugging Face's format"),
         ("convert", {"config.json": "yoco"}, "'yoco': convert makes YOCO-U from the 2024 code's params.json or the au"),
@@ -43,5 +43,5 @@ def test_a_new_schema_is_an_entry_and_a_module(tmp_path, monkeypatch):
     assert recognise("convert", tmp_path, None).folder == tmp_path
     others = tuple(schema for schema in SOURCES if schema.module != "authors")
     monkeypatch.setattr("vllm_yocou.checkpoints.sources.SOURCES", others)
-    with pytest.raises(ValueError, match=r"no params\.json"):
+    with pytest.raises(ValueError, match=r"neither params\.json nor metadata\.json"):
         recognise("convert", tmp_path, None)

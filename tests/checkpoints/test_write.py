@@ -87,14 +87,16 @@ print(peak - before, largest, sum(step.bytes for step in plan.steps))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is measured by Linux's /proc")
-@pytest.mark.parametrize("kind", ["safetensors", "pickle"])
+@pytest.mark.parametrize("kind", ["fused safetensors", "pickle"])
 def test_memory_stays_below_a_shard_and_two_tensors(kind, tmp_path):
+    """Tensors of the new checkpoint: not even one of the source's fused tensors would fit."""
     large = dict(vocab_size=4000, max_seq_len=512)
     if kind == "pickle":
         config = sources.YOCO2024 | large | dict(dim=960, hidden_dim=2000, n_layers=8)
         sources.save_yoco2024(tmp_path, config, sources.yoco2024_weights(config))
     else:
-        config = sources.AUTHORS | large | dict(d_model=960, d_ffn=2000, n_layers=12)
+        experts = dict(d_model=480, moe_expert_num=32, moe_ffn_dim=400, d_shared_expert=40)
+        config = sources.AUTHORS_MOE | large | experts
         sources.save_authors(tmp_path, config, sources.authors_weights(config))
     shard_bytes = 16 << 20
     arguments = [sys.executable, "-c", PEAK, tmp_path, tmp_path / "converted", str(shard_bytes)]

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from harness import foreign_sources as sources
 from harness import tiny
 from harness.checkout import TRAINED
+from harness.conversions import save_changed_state
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_yocou import __version__
@@ -109,6 +111,33 @@ def test_info(checkpoint, capsys, monkeypatch):
     assert code == 0 and f"{facts['parameters']:,}" in printed
 
 
+def test_info_says_which_switches_are_on(tmp_path, capsys, monkeypatch):
+    config = tiny.moe_config(
+        differential_attention="v3",
+        qk_norm="all",
+        qk_clip_limit=3.0,
+        swiglu_limit=10.0,
+        moe_latent_size=40,
+        moe_latent_norm=True,
+        first_k_dense_replace=1,
+        router_in_fp32=True,
+        residual_in_fp32=True,
+        logit_scale=0.5,
+        shared_expert_gate=True,
+    )
+    config.save_pretrained(tmp_path)
+    code, printed, _ = run(capsys, monkeypatch, "info", tmp_path / "config.json", "--json")
+    facts = json.loads(printed)
+    assert code == 0 and facts["self_decoder_heads"] == "8 query, 2 KV of 32"
+    assert facts["differential_attention"].startswith("v3") and facts["gates_of_heads"] is None
+    assert facts["queries_and_keys"] == "clipped to 3 in both decoders"
+    assert (facts["swiglu_limit"], facts["experts_read"]) == ("10", "40 numbers, normed")
+    assert (facts["dense_layers"], facts["router"], facts["residual"]) == ("the first 1", "float32", "float32")
+    assert facts["active_parameters_in_all_iterations"] > facts["active_parameters"]
+    code, printed, _ = run(capsys, monkeypatch, "info", tmp_path / "config.json")
+    assert "clipped to 3 in both decoders" in printed and "gates of heads" not in printed
+
+
 def test_info_without_a_model_describes_the_machine(capsys, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "hunter2")
     code, printed, _ = run(capsys, monkeypatch, "info", "--json")
@@ -180,6 +209,16 @@ def test_convert(tmp_path, capsys, monkeypatch):
     assert code == 0 and json.loads(printed)["iterations"] == 1
     code, _, error = run(capsys, monkeypatch, "convert", source, destination)
     assert code == 2 and "already exists" in error and len(error.splitlines()) == 1
+
+
+def test_convert_says_what_the_source_leaves_open_and_what_is_left_out(tmp_path, capsys, monkeypatch):
+    save_changed_state(tmp_path, keys=dict(rope_theta=None), tensors={"mtp_norm.weight": torch.ones(2)})
+    code, printed, notes = run(capsys, monkeypatch, "convert", tmp_path, tmp_path / "converted", "--dry-run")
+    assert code == 0 and "mtp_norm.weight -> left out: predicts further tokens in training" in printed.splitlines()
+    assert notes == "note: the source does not give 'rope_theta': 10000.0 is used, as in the authors' code.\n"
+    code, printed, notes = run(capsys, monkeypatch, "convert", tmp_path, tmp_path / "converted")
+    assert code == 0 and "left out: mtp_norm.weight (predicts further tokens in training)" in printed.splitlines()
+    assert "note: the source does not give 'rope_theta'" in notes
 
 
 def test_upcycle(tmp_path, capsys, monkeypatch):

@@ -35,6 +35,54 @@ def test_published_figures(thousands, transformer, yoco, yoco_u):
     assert [way.of_request(thousands << 10) / 2**20 for way in ways] == [transformer, yoco, yoco_u]
 
 
+def production() -> YocoUConfig:
+    """The authors' 30B mixture of experts, whose figures are known."""
+    return YocoUConfig(
+        vocab_size=154880,
+        hidden_size=3072,
+        intermediate_size=9216,
+        num_hidden_layers=20,
+        num_iterations=3,
+        sliding_window=513,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=1 << 17,
+        differential_attention="v3",
+        qk_norm="all",
+        qk_clip_limit=3.0,
+        swiglu_limit=10.0,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=3840,
+        shared_expert_intermediate_size=1280,
+        shared_expert_gate=True,
+        moe_latent_size=1024,
+        moe_latent_norm=True,
+        router_in_fp32=True,
+        residual_in_fp32=True,
+    )
+
+
+def test_figures_of_the_production_model():
+    """Those of its layers alone are known: without the head and without the two global projections."""
+    config = production()
+    head, global_kv = 154880 * 3072, 2 * 8 * 128 * 3072
+    figures = (
+        sizing.stored_parameters(config),
+        sizing.active_parameters(config) - head - global_kv,
+        sizing.looped_parameters(config) - head - global_kv,
+        head,
+    )
+    assert [round(figure / 1e9, 2) for figure in figures] == [32.35, 3.08, 6.22, 0.48]
+
+
+def test_differential_attention_doubles_the_queries_and_not_the_cache():
+    plain, differential = (tiny.config(differential_attention=kind) for kind in ("none", "v2"))
+    assert (plain.num_query_heads, differential.num_query_heads) == (4, 8)
+    assert KVBytes.yoco_u(plain, 2) == KVBytes.yoco_u(differential, 2)
+
+
 def test_counted_by_hand():
     cfg = tiny.config(cross_num_key_value_heads=1, cross_num_attention_heads=2, cross_head_dim=64)
     cost = KVBytes.yoco_u(cfg, 4)

@@ -22,13 +22,22 @@ def convert(source, destination, shard_bytes=1 << 30, **settings) -> Plan:
     return plan
 
 
-def converted_logits(folder) -> torch.Tensor:
+def converted_logits(folder, dtype=torch.float32) -> torch.Tensor:
     with torch.inference_mode():
-        return YocoUForCausalLM.from_pretrained(folder).eval()(torch.tensor([TOKENS])).logits[0]
+        return YocoUForCausalLM.from_pretrained(folder, dtype=dtype).eval()(torch.tensor([TOKENS])).logits[0]
 
 
-def save_changed(folder, keys=(), tensors=()) -> None:
+def save_changed(folder, keys=(), tensors=(), config=sources.AUTHORS) -> None:
     """The authors' checkpoint with some keys of its config and some tensors changed; None leaves a tensor out."""
-    weights = sources.authors_weights(sources.AUTHORS) | dict(tensors)
-    weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
-    sources.save_authors(folder, sources.AUTHORS | dict(keys), weights)
+    sources.save_authors(folder, config | dict(keys), changed(sources.authors_weights(config), tensors))
+
+
+def save_changed_state(folder, keys=(), tensors=(), config=sources.AUTHORS) -> None:
+    """The same of a state dict of the authors' trainer, by the trainer's names."""
+    state = sources.trainer_weights(config, sources.authors_weights(config))
+    sources.save_trainer(folder, config | dict(keys), changed(state, tensors))
+
+
+def changed(weights, tensors) -> dict[str, torch.Tensor]:
+    weights = weights | dict(tensors)
+    return {name: tensor for name, tensor in weights.items() if tensor is not None}

@@ -4,12 +4,14 @@ Shapes: N tokens, D hidden size; weights are read by the sources' names. Nothing
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch.nn.functional import scaled_dot_product_attention, silu
 
+# In the trainer's spelling, which exported folders have as well.
 AUTHORS = dict(
     model_type="yoco",
     architectures=["YOCOForCausalLM"],
@@ -23,7 +25,7 @@ AUTHORS = dict(
     head_dim=16,
     cross_head=6,
     cross_kv_head=3,
-    cross_head_dim=8,
+    cross_head_dim=16,
     d_model=48,
     d_ffn=80,
     norm_eps=1e-5,
@@ -32,9 +34,45 @@ AUTHORS = dict(
     rope_theta=5000.0,
     moe=False,
     diff_attention=False,
+    swiglu_limit=0.0,
     eos_token_id=1,
 )
-AUTHORS_MOE = AUTHORS | dict(moe=True, moe_expert_num=4, moe_top_k=2, moe_ffn_dim=24, d_shared_expert=40)
+EXPERTS = dict(moe=True, moe_expert_num=4, moe_top_k=2, moe_ffn_dim=24, d_shared_expert=40)
+AUTHORS_MOE = AUTHORS | EXPERTS
+# Every switch of the authors' is on in one of these, and every limit is reached by random weights.
+AUTHORS_FAMILY = {
+    "dense-original": AUTHORS
+    | dict(qk_norm=True, qk_norm_self_only=True, qk_rms_gamma=True, weight_tying=True, tie_word_embeddings=True)
+    | dict(logit_scale=0.5, rope_theta=1000.0, yoco_window_size=4),
+    "dense-v2-clip": AUTHORS
+    | dict(diff_v2=True, head=2, cross_head=3, qk_rms_clip=True, qk_rms_limit=0.4, swiglu_limit=0.3)
+    | dict(yoco_window_size=2),
+    "moe-june": {key: value for key, value in AUTHORS_MOE.items() if key != "swiglu_limit"}
+    | dict(diff_attention=True, qk_norm=True, cross_head=8, cross_kv_head=2),
+    "moe-v3-latent": AUTHORS_MOE
+    | dict(diff_v3=True, diff_v2=False, qk_norm=False, qk_rms_clip=True, qk_rms_limit=0.5, qk_rms_gamma=True)
+    | dict(swiglu_limit=0.4, moe_latent_dim=20, moe_latent_norm=True, router_weights_normalized=True),
+    "mixed-v3": AUTHORS_MOE
+    | dict(diff_v3=True, qk_norm=True, qk_rms_gamma=True, dense_layers=1, moe_latent_dim=20, universal_loop=1)
+    | dict(n_layers=4, yoco_cross_layers=1, yoco_window_size=1, kv_head=1, cross_kv_head=1),
+}
+# What exported folders have lost.
+TRAIN_ONLY = AUTHORS | dict(headwise_glu=True, attention_bias=True)
+# The spelling of Hugging Face by the trainer's.
+SPELLINGS = dict(
+    d_model="hidden_size",
+    d_ffn="intermediate_size",
+    head="num_attention_heads",
+    kv_head="num_key_value_heads",
+    n_layers="num_hidden_layers",
+    max_seq_len="max_position_embeddings",
+    norm_eps="rms_norm_eps",
+    yoco_window_size="sliding_window_size",
+    moe_expert_num="num_experts",
+    moe_top_k="num_experts_per_tok",
+    moe_ffn_dim="moe_intermediate_size",
+    d_shared_expert="shared_expert_intermediate_size",
+)
 YOCO2024 = dict(
     dim=48,
     n_layers=4,
@@ -58,83 +96,189 @@ def random_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor
     }
 
 
+def respelled(c: dict) -> dict:
+    """The same config with Hugging Face's spelling alone where there is one."""
+    return {SPELLINGS.get(key, key): value for key, value in c.items()}
+
+
+def authors_kind(c: dict) -> str | None:
+    """Of differential attention, by the first key of theirs that is there."""
+    if c.get("diff_v3"):
+        return "v3"
+    return "v2" if c.get("diff_v2", c.get("diff_attention", True)) else None
+
+
 def authors_weights(c: dict) -> dict[str, torch.Tensor]:
-    D, self_layers = c["d_model"], c["n_layers"] - c["yoco_cross_layers"]
-    shapes = {"model.embed_tokens": (c["vocab_size"], D), "model.norm": (D,), "model.yoco_norm": (D,)}
-    shapes["model.k_proj"] = shapes["model.v_proj"] = (c["cross_kv_head"] * c["cross_head_dim"], D)
+    """By their served names; biases and gates of heads, which no exported folder has, by names like those."""
+    D, d, self_layers = c["d_model"], c["head_dim"], c["n_layers"] - c["yoco_cross_layers"]
+    kind, weighted = authors_kind(c), c.get("qk_rms_gamma") and (c.get("qk_rms_clip") or c.get("qk_norm"))
+    cross_weighted = weighted and not (c.get("qk_norm_self_only") and not c.get("qk_rms_clip"))
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (c["vocab_size"], D)}
+    shapes["model.norm"] = shapes["model.yoco_norm"] = (D,)
+    shapes["model.k_proj"] = shapes["model.v_proj"] = (c["cross_kv_head"] * d, D)
+    if cross_weighted:
+        shapes["model.yoco_k_norm"] = (d,)
     if not c["weight_tying"]:
         shapes["lm_head"] = (c["vocab_size"], D)
     for i in range(c["n_layers"]):
-        layer = f"model.layers.{i}"
-        shapes[f"{layer}.input_layernorm"] = shapes[f"{layer}.post_attention_layernorm"] = (D,)
-        heads, d = (c["head"], c["head_dim"]) if i < self_layers else (c["cross_head"], c["cross_head_dim"])
-        shapes[f"{layer}.self_attn.q_proj"], shapes[f"{layer}.self_attn.o_proj"] = (heads * d, D), (D, heads * d)
-        if i < self_layers:
-            shapes[f"{layer}.self_attn.k_proj"] = shapes[f"{layer}.self_attn.v_proj"] = (c["kv_head"] * d, D)
-        widths = {"": c["d_ffn"]}
-        if c["moe"]:
-            shapes[f"{layer}.mlp.gate"] = (c["moe_expert_num"], D)
-            shapes[f"{layer}.mlp.shared_expert_gate"] = (1, D)
-            widths = {f"experts.{e}.": c["moe_ffn_dim"] for e in range(c["moe_expert_num"])}
-            widths["shared_expert."] = c["d_shared_expert"]
-        for part, width in widths.items():
-            shapes[f"{layer}.mlp.{part}gate_proj"] = shapes[f"{layer}.mlp.{part}up_proj"] = (width, D)
-            shapes[f"{layer}.mlp.{part}down_proj"] = (D, width)
-    return random_weights(shapes)
+        attn, is_self = f"model.layers.{i}.self_attn", i < self_layers
+        heads = c["head"] if is_self else c["cross_head"]
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"model.layers.{i}.{norm}"] = (D,)
+        shapes[f"{attn}.q_proj"], shapes[f"{attn}.o_proj"] = (heads * d * (2 if kind else 1), D), (D, heads * d)
+        if is_self:
+            shapes[f"{attn}.k_proj"] = shapes[f"{attn}.v_proj"] = (c["kv_head"] * d, D)
+        if kind:
+            shapes[f"{attn}.lambda_proj"] = (heads * (2 if kind == "v3" else 1), D)
+        if c.get("headwise_glu"):
+            shapes[f"{attn}.gate_proj"] = (heads, D)
+        if weighted if is_self else cross_weighted:
+            shapes[f"{attn}.q_norm"] = (d,)
+            if is_self:
+                shapes[f"{attn}.k_norm"] = (d,)
+        shapes |= feed_forward_shapes(c, i)
+    weights = random_weights(shapes)
+    if c.get("attention_bias"):
+        biased = [name for name in shapes if name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))]
+        weights |= {f"{name}.bias": torch.randn(shapes[name][0]) * 0.3 for name in biased}
+    if c.get("router_weights_normalized"):
+        routers = [name for name in weights if name.endswith(".mlp.gate.weight")]
+        weights |= {name: torch.nn.functional.normalize(weights[name]) for name in routers}
+    return {name.replace("_weight.weight", "_weight"): tensor for name, tensor in weights.items()}
 
 
-def authors_logits(c: dict, w: dict[str, torch.Tensor], tokens: list[int]) -> torch.Tensor:
-    N, self_layers = len(tokens), c["n_layers"] - c["yoco_cross_layers"]
+def feed_forward_shapes(c: dict, layer: int) -> dict[str, tuple[int, ...]]:
+    D, mlp = c["d_model"], f"model.layers.{layer}.mlp"
+    E = c.get("moe_expert_num", 0) if layer >= c.get("dense_layers", 0) else 0
+    if not E:
+        F = c["d_ffn"]
+        return {f"{mlp}.gate_proj": (F, D), f"{mlp}.up_proj": (F, D), f"{mlp}.down_proj": (D, F)}
+    L, F, shared = c.get("moe_latent_dim", 0), c["moe_ffn_dim"], c["d_shared_expert"]
+    X = L or D
+    shapes: dict[str, tuple[int, ...]] = {f"{mlp}.gate": (E, D), f"{mlp}.shared_gate": (1, D)}
+    shapes |= {f"{mlp}.experts.w13_weight": (E * 2 * F, X), f"{mlp}.experts.w2_weight": (E * X, F)}
+    shapes |= {f"{mlp}.shared_experts.gate_up_proj": (2 * shared, D), f"{mlp}.shared_experts.down_proj": (D, shared)}
+    if L:
+        shapes |= {f"{mlp}.fc1_latent_proj": (L, D), f"{mlp}.fc2_latent_proj": (D, L)}
+    if L and c.get("moe_latent_norm"):
+        shapes |= {f"{mlp}.fc1_latent_norm": (L,), f"{mlp}.fc2_latent_norm": (L,)}
+    return shapes
+
+
+def authors_logits(c: dict, weights: dict[str, torch.Tensor], tokens: list[int]) -> torch.Tensor:
+    """(N, vocab_size) in float64."""
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    N, d, self_layers = len(tokens), c["head_dim"], c["n_layers"] - c["yoco_cross_layers"]
     past = torch.arange(N)[:, None] - torch.arange(N)
     causal, window = past >= 0, (past >= 0) & (past <= c["yoco_window_size"])  # FlashAttention's (w, 0)
+    kind, limit = authors_kind(c), c.get("swiglu_limit", 10.0)
+    clips, norms_cross = c.get("qk_rms_clip"), not c.get("qk_norm_self_only")
+
+    def inverse_rms(x):
+        return (x.pow(2).mean(-1, keepdim=True) + c["norm_eps"]).rsqrt()
 
     def norm(name, x):
-        return x * (x.pow(2).mean(-1, keepdim=True) + c["norm_eps"]).rsqrt() * w[f"{name}.weight"]
+        return x * inverse_rms(x) * w[f"{name}.weight"]
 
-    def project(name, x, d):
-        return (x @ w[f"{name}.weight"].T).unflatten(-1, (-1, d)).transpose(0, 1)
+    def head_norm(name, x, is_self):
+        gamma = w.get(f"{name}.weight", 1.0)
+        if clips:
+            return x * (c.get("qk_rms_limit", 3.0) * inverse_rms(x)).clamp(max=1.0) * gamma
+        return x * inverse_rms(x) * gamma if c.get("qk_norm") and (is_self or norms_cross) else x
+
+    def linear(name, x):
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+
+    def heads(name, x):
+        return linear(name, x).unflatten(-1, (-1, d)).transpose(0, 1)
 
     def rope(x):
-        half = c["head_dim"] // 2
-        angle = torch.arange(N)[:, None] * c["rope_theta"] ** (-torch.arange(half) / half)
+        half = d // 2
+        angle = torch.arange(N)[:, None] * c["rope_theta"] ** (-torch.arange(half, dtype=torch.float64) / half)
         cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
         turned = torch.cat([-x[..., half:], x[..., :half]], -1)
         return x * cos + turned * sin
 
-    def mlp(name, x):
-        hidden = silu(x @ w[f"{name}gate_proj.weight"].T) * (x @ w[f"{name}up_proj.weight"].T)
-        return hidden @ w[f"{name}down_proj.weight"].T
+    def swiglu(gate, up):
+        return silu(gate.clamp(max=limit)) * up.clamp(-limit, limit) if limit > 0 else silu(gate) * up
 
-    def feed_forward(layer, x):
-        h = norm(f"{layer}.post_attention_layernorm", x)
-        if not c["moe"]:
-            return x + mlp(f"{layer}.mlp.", h)
-        share = torch.softmax(h @ w[f"{layer}.mlp.gate.weight"].T, -1)
+    def routed(mlp, h):
+        E = c["moe_expert_num"]
+        rows = w[f"{mlp}.gate.weight"]
+        share = torch.softmax(h @ (rows / rows.pow(2).sum(-1, keepdim=True).sqrt()).T, -1)
         kept = torch.where(share >= share.topk(c["moe_top_k"]).values[:, -1:], share, 0.0)
         kept = kept / kept.sum(-1, keepdim=True)
-        routed = sum(kept[:, e, None] * mlp(f"{layer}.mlp.experts.{e}.", h) for e in range(c["moe_expert_num"]))
-        gate = torch.sigmoid(h @ w[f"{layer}.mlp.shared_expert_gate.weight"].T)
-        return x + routed + gate * mlp(f"{layer}.mlp.shared_expert.", h)
+        z = linear(f"{mlp}.fc1_latent_proj", h) if c.get("moe_latent_dim") else h
+        z = norm(f"{mlp}.fc1_latent_norm", z) if c.get("moe_latent_norm") else z
+        first, second = (w[f"{mlp}.experts.{part}_weight"].chunk(E) for part in ("w13", "w2"))
+        r = sum(kept[:, e, None] * (swiglu(*(z @ first[e].T).chunk(2, -1)) @ second[e].T) for e in range(E))
+        r = norm(f"{mlp}.fc2_latent_norm", r) if c.get("moe_latent_norm") else r
+        return linear(f"{mlp}.fc2_latent_proj", r) if c.get("moe_latent_dim") else r
 
-    def attend(layer, x, q, k, v, mask):
-        out = scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
-        return x + out.transpose(0, 1).flatten(1) @ w[f"{layer}.self_attn.o_proj.weight"].T
+    def feed_forward(layer, x):
+        h, mlp = norm(f"{layer}.post_attention_layernorm", x), f"{layer}.mlp"
+        if f"{mlp}.down_proj.weight" in w:
+            hidden = swiglu(linear(f"{mlp}.gate_proj", h), linear(f"{mlp}.up_proj", h))
+            return x + linear(f"{mlp}.down_proj", hidden)
+        hidden = swiglu(*linear(f"{mlp}.shared_experts.gate_up_proj", h).chunk(2, -1))
+        shared = torch.sigmoid(linear(f"{mlp}.shared_gate", h)) * linear(f"{mlp}.shared_experts.down_proj", hidden)
+        return x + routed(mlp, h) + shared
+
+    def attend(layer, x, h, q, k, v, mask):
+        out = scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(0, 1)  # (N, heads, d)
+        if kind:
+            gate = torch.sigmoid(linear(f"{layer}.self_attn.lambda_proj", h))[..., None]
+            first, second = out[:, ::2], out[:, 1::2]
+            both = kind == "v3"
+            out = gate[:, ::2] * first - gate[:, 1::2] * second if both else first - gate * second
+        elif c.get("headwise_glu"):
+            out = out * torch.sigmoid(linear(f"{layer}.self_attn.gate_proj", h))[..., None]
+        return x + linear(f"{layer}.self_attn.o_proj", out.flatten(1))
 
     x = w["model.embed_tokens.weight"][tokens]
     for _ in range(c["universal_loop"]):
         for i in range(self_layers):
-            layer, d = f"model.layers.{i}", c["head_dim"]
+            layer = f"model.layers.{i}"
             h = norm(f"{layer}.input_layernorm", x)
-            q, k, v = (project(f"{layer}.self_attn.{part}_proj", h, d) for part in "qkv")
-            x = feed_forward(layer, attend(layer, x, rope(q), rope(k), v, window))
-    g, d = norm("model.yoco_norm", x), c["cross_head_dim"]
-    keys, values = project("model.k_proj", g, d), project("model.v_proj", g, d)
+            q, k = (
+                rope(head_norm(f"{layer}.self_attn.{p}_norm", heads(f"{layer}.self_attn.{p}_proj", h), True))
+                for p in "qk"
+            )
+            x = feed_forward(layer, attend(layer, x, h, q, k, heads(f"{layer}.self_attn.v_proj", h), window))
+    g = norm("model.yoco_norm", x)
+    keys, values = head_norm("model.yoco_k_norm", heads("model.k_proj", g), False), heads("model.v_proj", g)
     for i in range(self_layers, c["n_layers"]):
         layer = f"model.layers.{i}"
-        q = project(f"{layer}.self_attn.q_proj", norm(f"{layer}.input_layernorm", x), d)
-        x = feed_forward(layer, attend(layer, x, q, keys, values, causal))
+        h = norm(f"{layer}.input_layernorm", x)
+        q = head_norm(f"{layer}.self_attn.q_norm", heads(f"{layer}.self_attn.q_proj", h), False)
+        x = feed_forward(layer, attend(layer, x, h, q, keys, values, causal))
     head = w["model.embed_tokens.weight" if c["weight_tying"] else "lm_head.weight"]
-    return norm("model.norm", x) @ head.T
+    return norm("model.norm", x) @ head.T * c.get("logit_scale", 1.0)
+
+
+def trainer_weights(c: dict, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same weights under the trainer's names: heads and experts have dimensions of their own, little is fused."""
+    state, d = {}, c["head_dim"]
+    top = {"embed_tokens": "tok_embeddings", "yoco_k_norm": "k_norm"}
+    for name, tensor in weights.items():
+        short = re.sub(r"^model\.", "", name).replace("lm_head", "output").replace("lambda_proj", "gate_proj")
+        short = re.sub(r"^(\w+)\.", lambda found: f"{top.get(found[1], found[1])}.", short)
+        if re.search(r"[qkv]_proj\.weight$", name):
+            tensor = tensor.unflatten(0, (-1, d))
+        if re.search(r"[qkv]_proj\.bias$", name):
+            tensor = tensor.unflatten(0, (-1, d))
+        if "experts.w" in name:
+            short = short.replace("experts.", "").removesuffix("_weight")
+            tensor = tensor.unflatten(0, (c["moe_expert_num"], -1))
+        short = short.replace("shared_experts", "shared")
+        if "gate_up_proj" in name:
+            for part, rows in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
+                state[short.replace("gate_up_proj", part)] = rows.clone()
+            continue
+        state[short] = tensor.clone()
+    if c["weight_tying"]:
+        state["output.weight"] = state["tok_embeddings.weight"]
+    return state
 
 
 def yoco2024_weights(c: dict) -> dict[str, torch.Tensor]:
@@ -197,6 +341,12 @@ def save_authors(folder: Path, config: dict, weights: dict[str, torch.Tensor]) -
     names = sorted(weights)
     for part, chosen in enumerate((names[::2], names[1::2]), start=1):
         save_file({name: weights[name] for name in chosen}, folder / f"model-{part:05}-of-00002.safetensors")
+
+
+def save_trainer(folder: Path, config: dict, state: dict[str, torch.Tensor]) -> None:
+    arguments = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
+    (folder / "metadata.json").write_text(json.dumps({"step": 1000, "modelargs": arguments}))
+    torch.save({"model": state}, folder / "model_state_rank_0.pth")
 
 
 def save_yoco2024(folder: Path, params: dict, weights: dict[str, torch.Tensor]) -> None:

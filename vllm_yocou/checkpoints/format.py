@@ -107,6 +107,11 @@ def _swiglu_shapes(prefix: str, D: int, width: int) -> dict[str, tuple[int, ...]
     }
 
 
+def stays_float32(config: Architecture, name: str) -> bool:
+    """Whether the tensor of this name is float32 whatever the others are: the router's, with `router_in_fp32`."""
+    return config.router_in_fp32 and name.endswith(".mlp.gate.weight")
+
+
 def deviations(missing: list[str], unexpected: list[str], misshapen: list[str]) -> str:
     """What differs from a config's tensors, the first of each kind by name; empty where nothing does."""
     kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))

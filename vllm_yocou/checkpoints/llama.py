@@ -18,7 +18,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from vllm_yocou.checkpoints.format import expected_shapes
-from vllm_yocou.checkpoints.mapping import Mapping, Source, redundant
+from vllm_yocou.checkpoints.mapping import Mapping, Origin, Source, redundant
 from vllm_yocou.checkpoints.tensors import SourceTensor
 from vllm_yocou.config import YocoUConfig
 
@@ -190,9 +190,9 @@ def recognise(folder: Path, keys: dict[str, Any], asked: Upcycling) -> Source | 
 
 def mapping(tensors: dict[str, SourceTensor], config: YocoUConfig, layers: Layers, source_layers: int) -> Mapping:
     """What becomes of the tensors: those of chosen layers are used, once or more, and the others are left out."""
-    origins = {target: layers.origin(target) for target in expected_shapes(config)}
-    found = Mapping(config, origins, {}, [])
-    used = set(origins.values())
+    names = {target: layers.origin(target) for target in expected_shapes(config)}
+    found = Mapping(config, {target: Origin(name, tensors.get(name)) for target, name in names.items()}, {}, [])
+    used = set(names.values())
     for name in (name for name in tensors if name not in used):
         reason = redundant(name, tensors[name], config, is_head=name == "lm_head.weight")
         if reason := reason or _not_chosen(name, source_layers):

@@ -3,16 +3,31 @@
 The modules of the schemas make mappings; `plan` checks them against the config and knows nothing of schemas.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from vllm_yocou.checkpoints.format import expected_shapes
+from vllm_yocou.checkpoints.format import deviations, expected_shapes
 from vllm_yocou.checkpoints.tensors import SourceTensor
 from vllm_yocou.config import YocoUConfig
 from vllm_yocou.rope import ROPE_TYPES, inverse_frequencies
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a tensor here comes from.
+
+    Attributes:
+        name: of the tensor there, or what takes its place.
+        tensor: what is taken of it; None if the source does not have it.
+        change: what is done to it on the way, in words; empty where nothing is.
+    """
+
+    name: str
+    tensor: SourceTensor | None
+    change: str = ""
 
 
 @dataclass(frozen=True)
@@ -21,15 +36,17 @@ class Mapping:
 
     Attributes:
         config: of the YOCO-U checkpoint.
-        origins: name here -> name there. A tensor there may have several places here, and a name may be absent there.
+        origins: by the name here. A tensor there may have several places here, whole or in parts.
         left_out: name there -> why it has no place here.
         unexpected: names there that have neither a place nor such a reason.
+        notes: sentences for the user, about what the source leaves open.
     """
 
     config: YocoUConfig
-    origins: dict[str, str]
+    origins: dict[str, Origin]
     left_out: dict[str, str]
     unexpected: list[str]
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -61,10 +78,16 @@ def by_name(tensors: dict[str, SourceTensor], config: YocoUConfig, rename: Calla
         if reason := redundant(name, tensor, config, is_head=target == "lm_head.weight"):
             mapping.left_out[name] = reason
         elif target in expected:
-            mapping.origins[target] = name
+            mapping.origins[target] = Origin(name, tensor)
         else:
             mapping.unexpected.append(name)
     return mapping
+
+
+def refuse_misfits(missing: Iterable[str] = (), unexpected: Sequence[str] = (), misshapen: Sequence[str] = ()) -> None:
+    """Raise ValueError if there are tensors in which a source differs from its config; each kind is given by name."""
+    if problems := deviations(sorted(missing), list(unexpected), list(misshapen)):
+        raise ValueError(f"the source does not fit its config, {problems}. Correct the config or the source.")
 
 
 def redundant(name: str, tensor: SourceTensor, config: YocoUConfig, is_head: bool) -> str | None:

@@ -5,13 +5,14 @@ module maps its tensors, `plan` checks the mapping against the config, and `writ
 one file in this package, with `recognise` and `mapping` as in authors.py, and one entry in `sources.SOURCES`.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from vllm_yocou.checkpoints.format import deviations, expected_shapes
-from vllm_yocou.checkpoints.mapping import Source
+from vllm_yocou.checkpoints.format import expected_shapes, stays_float32
+from vllm_yocou.checkpoints.mapping import Origin, Source, refuse_misfits
 from vllm_yocou.checkpoints.tensors import SourceTensor, read_tensors
 from vllm_yocou.config import YocoUConfig
 
@@ -20,12 +21,17 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Step:
-    """One tensor's way: its name there, its name here, and how it is stored here."""
+    """One tensor's way: its name there, its name here, what is read for it, and how that is stored here.
+
+    Attributes:
+        change: what is done to it on the way, in words; empty where nothing is.
+    """
 
     source: str
     target: str
     tensor: SourceTensor
     dtype: torch.dtype
+    change: str = ""
 
     @property
     def bytes(self) -> int:
@@ -41,6 +47,7 @@ class Plan:
         config: of the new checkpoint.
         steps: every tensor of the new checkpoint, in its order.
         left_out: source tensors that have no place in it, with the reason.
+        notes: sentences for the user, about what the source leaves open.
     """
 
     source: Path
@@ -48,6 +55,20 @@ class Plan:
     config: YocoUConfig
     steps: list[Step]
     left_out: dict[str, str]
+    notes: Sequence[str] = ()
+
+    def account(self) -> Iterator[str]:
+        """A line for each tensor of the source: what becomes of it. One that becomes several has one line as well."""
+        kinds: dict[tuple, list[Step]] = {}
+        for step in self.steps:
+            kinds.setdefault((step.source, step.change, step.tensor.shape, step.dtype), []).append(step)
+        for (source, change, shape, dtype), steps in kinds.items():
+            several = f" to {steps[-1].target}, {len(steps)} tensors of" if len(steps) > 1 else ""
+            changed = f", {change}," if change else ""
+            stored = f"{list(shape)} {dtype}".replace("torch.", "")
+            yield f"{source}{changed} -> {steps[0].target}{several} {stored}"
+        for name, reason in self.left_out.items():
+            yield f"{name} -> left out: {reason}"
 
 
 def refuse_existing(destination: Path) -> None:
@@ -60,7 +81,7 @@ def plan(source: Source, destination: Path, dtype: str | None = None) -> Plan:
     """Find out how `source` becomes a YOCO-U checkpoint in the folder `destination`.
 
     Args:
-        dtype: of all tensors, by default each one's own.
+        dtype: of all tensors but those that stay float32, by default each one's own.
 
     Raises:
         ValueError: the source cannot be read; a tensor is missing, unexpected, misshapen or not of floating point; or
@@ -71,8 +92,8 @@ def plan(source: Source, destination: Path, dtype: str | None = None) -> Plan:
     mapping = source.mapping(tensors)
     steps, missing, misshapen = [], set(), []
     for target, shape in expected_shapes(mapping.config).items():
-        name = mapping.origins.get(target, target)
-        tensor = tensors.get(name) if target in mapping.origins else None
+        origin = mapping.origins.get(target, Origin(target, None))
+        name, tensor = origin.name, origin.tensor
         if tensor is None:
             missing.add(name)
         elif tensor.shape != shape:
@@ -80,8 +101,10 @@ def plan(source: Source, destination: Path, dtype: str | None = None) -> Plan:
         elif not tensor.dtype.is_floating_point:
             misshapen.append(f"{name} is of {tensor.dtype}")
         else:
-            steps.append(Step(name, target, tensor, DTYPES[dtype] if dtype else tensor.dtype))
-    if problems := deviations(sorted(missing), mapping.unexpected, misshapen):
-        raise ValueError(f"the source does not fit its config, {problems}. Correct the config or the source.")
+            stored = DTYPES[dtype] if dtype else tensor.dtype
+            if stays_float32(mapping.config, target):
+                stored = torch.float32
+            steps.append(Step(name, target, tensor, stored, origin.change))
+    refuse_misfits(missing, mapping.unexpected, misshapen)
     mapping.config.dtype = str(steps[0].dtype).removeprefix("torch.")
-    return Plan(source.folder, destination, mapping.config, steps, mapping.left_out)
+    return Plan(source.folder, destination, mapping.config, steps, mapping.left_out, mapping.notes)

@@ -47,7 +47,14 @@ SOURCES = (
         command="convert",
         file="config.json",
         name="a checkpoint of the authors' serving fork",
-        mark="the authors' 'yoco' (with yoco_window_size)",
+        mark="the authors' 'yoco' (with yoco_cross_layers)",
+    ),
+    Schema(
+        module="authors_trainer",
+        command="convert",
+        file="metadata.json",
+        name="a state dict of the authors' trainer",
+        mark="their trainer's metadata.json (with modelargs)",
     ),
     Schema(
         module="llama",

@@ -7,8 +7,8 @@ import json
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,16 +18,30 @@ PICKLES = (".bin", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor of a source, unread: `read` maps it from its file."""
+    """A tensor of a source, unread: `at` maps what an index selects from its file, and no more of it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], torch.Tensor]
+    at: Callable[[Any], torch.Tensor]
 
     @classmethod
     def mapped(cls, tensor: torch.Tensor) -> "SourceTensor":
         """Of a tensor that torch has mapped from its file already."""
-        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.__getitem__)
+
+    def read(self) -> torch.Tensor:
+        return self.at(...)
+
+    def part(self, *index: int | slice) -> "SourceTensor":
+        """What `index` selects of it, unread: reading that maps nothing else."""
+        shape = tuple(torch.empty(self.shape, device="meta")[index].shape)
+        return SourceTensor(shape, self.dtype, lambda further: self.at(index)[further])
+
+    def changed(
+        self, change: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> "SourceTensor":
+        """What `change` makes of it, once it is read: a tensor of `dtype` and `shape`."""
+        return SourceTensor(shape, dtype, lambda index: change(self.read())[index])
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -84,7 +98,7 @@ def _safetensors(path: Path) -> Iterator[tuple[str, SourceTensor]]:
     for name in file.keys():  # noqa: SIM118 (not a dictionary)
         part = file.get_slice(name)
         empty = part[:0] if part.get_shape() else file.get_tensor(name)  # for its dtype as torch has it
-        yield name, SourceTensor(tuple(part.get_shape()), empty.dtype, partial(file.get_tensor, name))
+        yield name, SourceTensor(tuple(part.get_shape()), empty.dtype, part.__getitem__)
 
 
 def _pickled(path: Path) -> Iterator[tuple[str, SourceTensor]]:
@@ -99,6 +113,8 @@ def _pickled(path: Path) -> Iterator[tuple[str, SourceTensor]]:
             f"{path} is not a whole file of torch.save ({str(error).splitlines()[0]}): save it again with torch 1.6 or "
             "later."
         ) from error
+    if isinstance(state, dict) and list(state) == ["model"]:
+        state = state["model"]
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
     ):

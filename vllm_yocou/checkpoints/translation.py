@@ -38,15 +38,24 @@ def translated(
             raise ValueError(f"the source's '{key}' is missing, and a guess could change what is computed: add it.")
     ours = {names.get(key, key): value for key, value in keys.items() if key in names or key in KEPT}
     ours = {key: value for key, value in ours.items() if value is not None}
-    length = context or ours.get("max_position_embeddings")
+    return ours | {"max_position_embeddings": context_length(ours.get("max_position_embeddings"), context)}
+
+
+def context_length(said: Any, asked: int | None) -> Any:
+    """The longest context in tokens: what was `asked` for, or else what the source has `said`, None or -1 if nothing.
+
+    Raises:
+        ValueError: nobody says.
+    """
+    length = asked or said
     if length is None or length == -1:
         raise ValueError("the source does not say how long its context is (max_seq_len): give --context.")
-    return ours | {"max_position_embeddings": length}
+    return length
 
 
 def refuse_unknown(keys: dict[str, Any], known: set[str], config: YocoUConfig) -> None:
     """Raise ValueError for keys without a place here, unless they repeat what `config` says under a name of ours."""
-    switches = [key for key in FOREIGN_SWITCHES if keys.get(key)]
+    switches = [key for key in FOREIGN_SWITCHES if keys.get(key) and key not in known]
     if switches:
         raise ValueError(
             f"the source's '{switches[0]}' is {keys[switches[0]]!r}: YOCO-U as served here computes nothing of that "

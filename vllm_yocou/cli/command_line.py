@@ -24,6 +24,7 @@ from vllm_yocou.serving.capacity import Capacity, Load
 from vllm_yocou.serving.packing import SMALLEST_BLOCK
 
 if TYPE_CHECKING:
+    from vllm_yocou.architecture import Architecture
     from vllm_yocou.checkpoints.plan import Plan
 
 MIB = 1 << 20
@@ -122,14 +123,15 @@ def info(
         "iterations": config.num_iterations,
         "sliding_window": config.sliding_window,
         "hidden_size": config.hidden_size,
-        "self_decoder_heads": f"{config.num_attention_heads} query, {config.num_key_value_heads} KV of "
-        f"{config.head_dim}",
-        "cross_decoder_heads": f"{config.cross_num_attention_heads} query, {config.cross_num_key_value_heads} KV of "
+        "self_decoder_heads": f"{config.num_query_heads} query, {config.num_key_value_heads} KV of {config.head_dim}",
+        "cross_decoder_heads": f"{config.cross_num_query_heads} query, {config.cross_num_key_value_heads} KV of "
         f"{config.cross_head_dim}",
         "experts": f"{config.num_experts_per_tok} of {config.num_experts}" if config.is_moe else None,
         "shared_expert_gate": "left to the weights, and not counted" if config.leaves_gate_to_weights else None,
+        **_switches(config),
         "parameters": sizing.stored_parameters(config),
         "active_parameters": sizing.active_parameters(config),
+        "active_parameters_in_all_iterations": sizing.looped_parameters(config),
         f"flops_a_token_at_{context}": sizing.flops(config, context),
     }
     if as_json:
@@ -140,6 +142,26 @@ def info(
         if value is not None:
             table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else value)
     Console().print(table)
+
+
+def _switches(config: "Architecture") -> dict[str, str | None]:
+    """What this model computes and others do not, in words; None for what is off."""
+    clip, latent, dense = config.qk_clip_limit, config.moe_latent_size, config.first_k_dense_replace
+    where = {"self": "in the self-decoder", "all": "in both decoders"}.get(config.qk_norm)
+    kind = f"clipped to {clip:g}" if clip else "normed"
+    pairs = f"{config.differential_attention}, outputs of pairs of query heads are subtracted"
+    return {
+        "differential_attention": pairs if config.is_differential else None,
+        "gates_of_heads": "one a head" if config.headwise_glu else None,
+        "attention_bias": "on queries, keys, values and outputs" if config.attention_bias else None,
+        "queries_and_keys": f"{kind} {where}" if where else None,
+        "swiglu_limit": f"{config.swiglu_limit:g}" if config.swiglu_limit else None,
+        "experts_read": f"{latent} numbers{', normed' if config.moe_latent_norm else ''}" if latent else None,
+        "dense_layers": f"the first {dense}" if dense else None,
+        "router": "float32" if config.router_in_fp32 else None,
+        "residual": "float32" if config.residual_in_fp32 else None,
+        "logit_scale": f"{config.logit_scale:g}" if config.logit_scale != 1 else None,
+    }
 
 
 def _table_of(report: dict[str, dict[str, Any]]) -> Table:
@@ -169,12 +191,11 @@ def convert(
 
     source_files(source)  # a folder without weights is told so, whatever else it lacks
     plan = plan_of(recognise("convert", source, context), destination, dtype and dtype.value)
+    for note in plan.notes:
+        print(f"note: {note}", file=sys.stderr)
     if dry_run:
-        for step in plan.steps:
-            stored = f"{list(step.tensor.shape)} {step.dtype}".replace("torch.", "")
-            print(f"{step.source} -> {step.target} {stored}")
-        for name, reason in plan.left_out.items():
-            print(f"{name} -> left out: {reason}")
+        for line in plan.account():
+            print(line)
         return
     _write(plan, shard_size)
     for name, reason in plan.left_out.items():

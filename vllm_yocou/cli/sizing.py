@@ -107,18 +107,24 @@ def active_parameters(config: Architecture) -> int:
     return parts + config.vocab_size * config.hidden_size
 
 
+def looped_parameters(config: Architecture) -> int:
+    """The same, with those of the self-decoder counted T times."""
+    return active_parameters(config) + (config.num_iterations - 1) * _matrices(config, "self_decoder")
+
+
 def flops(config: Architecture, context: int) -> int:
     """Floating-point operations of one decoded token that sees `context` tokens, itself included.
 
     Two for each multiply-add: matrices, those of the self-decoder T times, and the two products of attention.
     """
-    T, S = config.num_iterations, config.num_self_decoder_layers
     keys = min(context, config.sliding_window)
-    windows = T * S * 2 * config.num_query_heads * config.head_dim * keys
-    width = config.cross_num_query_heads * config.cross_head_dim
-    cross = config.num_cross_decoder_layers * 2 * width * context
-    looped = (T - 1) * _matrices(config, "self_decoder")
-    return 2 * (active_parameters(config) + looped + windows + cross)
+    width, cross_width = (
+        config.num_query_heads * config.head_dim,
+        config.cross_num_query_heads * config.cross_head_dim,
+    )
+    windows = config.num_iterations * config.num_self_decoder_layers * 2 * width * keys
+    cross = config.num_cross_decoder_layers * 2 * cross_width * context
+    return 2 * (looped_parameters(config) + windows + cross)
 
 
 def row_flops(config: Architecture, tokens: int) -> float:
