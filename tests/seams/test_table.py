@@ -22,8 +22,11 @@ BUILT_ON_VLLMS = (
     "rows.v1_runner",
     "rows.v2_runner",
     "serving.caches",
+    "serving.clamped_experts",
     "serving.engine_settings",
+    "serving.heads",
     "serving.layers",
+    "serving.looped_experts",
     "serving.model",
     "serving.rope",
 )

@@ -217,16 +217,16 @@ LAYERS = (
     ),
     Seam(
         "vllm.model_executor.layers.linear:ReplicatedLinear",
-        "a shared expert's gate is this layer",
+        "a shared expert's gate is this layer, and so are the projections of latent experts",
         "serving/test_feed_forward.py",
-        takes="bias prefix",
+        takes="bias prefix quant_config",
     ),
     Seam(
         "vllm.model_executor.layers.layernorm:RMSNorm",
         "rows and heads are normed by this layer",
         "serving/test_model.py",
         has="forward",
-        takes="eps",
+        takes="dtype eps",
         mentions="hidden_size variance_epsilon",
     ),
     Seam(
@@ -234,24 +234,70 @@ LAYERS = (
         "its feed-forward is this layer",
         "serving/test_model.py",
         takes="prefix quant_config",
+        mentions="act_fn",
     ),
     Seam(
         "vllm.model_executor.models.qwen2_moe:Qwen2MoeMLP",
         "its shared experts are this layer",
         "serving/test_feed_forward.py",
         takes="expert_gate prefix quant_config reduce_results",
+        mentions="act_fn",
+    ),
+    Seam(
+        "vllm.model_executor.layers.activation:SiluAndMulWithClamp",
+        "this layer computes a clamped SwiGLU",
+        "serving/test_feed_forward.py",
+        takes="swiglu_limit",
+        mentions="swiglu_limit",
     ),
     Seam(
         "vllm.model_executor.layers.fused_moe:FusedMoEFactory",
         "its routed experts are made by this",
         "serving/test_feed_forward.py",
-        takes="hidden_size intermediate_size num_experts prefix quant_config renormalize shared_experts top_k",
+        takes=(
+            "hidden_size intermediate_size num_experts prefix quant_config renormalize routed_experts_cls "
+            "routed_input_transform routed_output_transform router_logits_dtype shared_experts swiglu_limit top_k"
+        ),
+    ),
+    Seam(
+        "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner",
+        "what latent experts compute is summed over ranks before it is normed and projected back",
+        "serving/test_latent_experts.py",
+        mentions="reduce_commutative",
+    ),
+    Seam(
+        "vllm.model_executor.layers.fused_moe:RoutedExperts",
+        "routed experts refuse kernels that do not clamp",
+        "serving/test_clamped_experts.py",
+        has="_get_quant_method",
+        takes="swiglu_limit",
+    ),
+    Seam(
+        "vllm.model_executor.layers.fused_moe:UnquantizedFusedMoEMethod",
+        "on a CPU another loop takes the place of its experts",
+        "serving/test_clamped_experts.py",
+        mentions="experts_cls",
+    ),
+    Seam(
+        "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts",
+        "on a CPU a loop of the plugin's own clamps what experts compute",
+        "serving/test_clamped_experts.py",
+        has="output_alignment process_weights_after_loading",
+        mentions="moe_config",
+        only="cpu",
+    ),
+    Seam(
+        "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.apply",
+        "on a CPU a loop of the plugin's own clamps what experts compute",
+        "serving/test_clamped_experts.py",
+        takes="output hidden_states w1 w2 topk_weights topk_ids",
+        only="cpu",
     ),
     Seam(
         "vllm.model_executor.layers.fused_moe:GateLinear",
         "rows are routed to experts by this layer",
         "serving/test_feed_forward.py",
-        takes="prefix",
+        takes="out_dtype params_dtype prefix",
     ),
     Seam(
         "vllm.model_executor.layers.rotary_embedding:get_rope",
@@ -271,6 +317,7 @@ LAYERS = (
         "vllm.model_executor.layers.logits_processor:LogitsProcessor",
         "logits are computed by this layer",
         "serving/test_model.py",
+        takes="scale",
     ),
     Seam(
         "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead",
