@@ -3,8 +3,8 @@
 It is a Hugging Face model: it trains (labels, gradient checkpointing), generates and saves. It shares no code with the
 served model, because it is what that is compared with.
 
-Shapes: B sequences, N tokens of this call, L keys (cached and of this call), D hidden_size, H query and K key/value
-heads of size d.
+Shapes: B sequences, N tokens of this call, L keys (cached and of this call), D hidden_size, H heads that o_proj reads,
+Q query heads (2 H with differential attention, else H) and K key/value heads, all of size d.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from vllm_yocou.config import YocoUConfig
 from vllm_yocou.reference.feed_forward import MLP, MoE, has_shared_expert_gate
+from vllm_yocou.reference.norm import StreamRMSNorm, head_norm
+from vllm_yocou.reference.precision import at_least_float32
 from vllm_yocou.reference.rope import Rotation, rotate
 
 
@@ -50,7 +52,10 @@ class YocoUCache(Cache):
 
 
 class Attention(nn.Module):
-    """What both decoders' attentions share: queries, the call of the configured attention function, the output."""
+    """What both decoders' attentions share: queries, the call of the configured attention function, the output.
+
+    Differential attention subtracts from each even query head's output the next one's: heads 2i and 2i + 1 make head i.
+    """
 
     is_causal = True
 
@@ -58,29 +63,53 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.head_dim = head_dim
-        self.num_key_value_groups = heads // kv_heads
+        queries = 2 * heads if config.is_differential else heads
+        self.num_key_value_groups = queries // kv_heads
         self.rope = rope
-        self.q_proj = nn.Linear(config.hidden_size, heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(head_dim, config.rms_norm_eps) if qk_norm else None
-
-    def query(self, h_BND: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
-        return heads_of(self.q_proj(h_BND), self.head_dim, self.q_norm, rotation if self.rope else None)
+        self.q_proj = nn.Linear(config.hidden_size, queries * head_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads * head_dim, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = head_norm(config, head_dim) if qk_norm else None
+        self.lambda_proj = self.gate_proj = None
+        if config.is_differential:
+            gates = queries if config.differential_attention == "v3" else heads
+            self.lambda_proj = nn.Linear(config.hidden_size, gates, bias=False)
+        if config.headwise_glu:
+            self.gate_proj = nn.Linear(config.hidden_size, heads, bias=False)
 
     def attend(
         self,
-        q_BHNd: torch.Tensor,
+        h_BND: torch.Tensor,
         k_BKLd: torch.Tensor,
         v_BKLd: torch.Tensor,
+        rotation: Rotation | None,
         mask: Any,
         sliding_window: int | None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        q_BQNd = heads_of(self.q_proj(h_BND), self.head_dim, self.q_norm, rotation if self.rope else None)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        out_BNHd, _ = attend(
-            self, q_BHNd, k_BKLd, v_BKLd, mask, scaling=self.head_dim**-0.5, sliding_window=sliding_window, **kwargs
+        out_BNQd, _ = attend(
+            self, q_BQNd, k_BKLd, v_BKLd, mask, scaling=self.head_dim**-0.5, sliding_window=sliding_window, **kwargs
         )
-        return self.o_proj(out_BNHd.flatten(-2))
+        return self.o_proj(self.combined(out_BNQd, h_BND).flatten(-2))
+
+    def combined(self, out_BNQd: torch.Tensor, h_BND: torch.Tensor) -> torch.Tensor:
+        """The heads (B, N, H, d) that o_proj reads, from those of attention (B, N, Q, d) and the gates that h gives.
+
+        Gates and differences are computed in float32 at least, and rounded once.
+        """
+        projection = self.lambda_proj or self.gate_proj
+        if projection is None:
+            return out_BNQd
+        wide = at_least_float32(out_BNQd)
+        heads, gates = out_BNQd.to(wide), projection(h_BND).to(wide).sigmoid()[..., None]
+        if self.config.differential_attention == "v2":
+            heads = heads[:, :, 0::2] - gates * heads[:, :, 1::2]
+        else:
+            heads = gates * heads
+        if self.config.differential_attention == "v3":
+            heads = heads[:, :, 0::2] - heads[:, :, 1::2]
+        return heads.to(out_BNQd.dtype)
 
 
 class WindowAttention(Attention):
@@ -90,9 +119,9 @@ class WindowAttention(Attention):
         H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         super().__init__(config, H, K, d, qk_norm=config.qk_norm != "none", rope=True)
         self.layer = layer
-        self.k_proj = nn.Linear(config.hidden_size, K * d, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, K * d, bias=False)
-        self.k_norm = nn.RMSNorm(d, config.rms_norm_eps) if config.qk_norm != "none" else None
+        self.k_proj = nn.Linear(config.hidden_size, K * d, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, K * d, bias=config.attention_bias)
+        self.k_norm = head_norm(config, d) if config.qk_norm != "none" else None
 
     def forward(
         self,
@@ -108,8 +137,7 @@ class WindowAttention(Attention):
         if cache is not None:
             slot = iteration * self.config.num_self_decoder_layers + self.layer
             k_BKLd, v_BKLd = cache.update(k_BKLd, v_BKLd, slot)
-        q_BHNd = self.query(h_BND, rotation)
-        return self.attend(q_BHNd, k_BKLd, v_BKLd, mask, self.config.sliding_window, **kwargs)
+        return self.attend(h_BND, k_BKLd, v_BKLd, rotation, mask, self.config.sliding_window, **kwargs)
 
 
 class CrossAttention(Attention):
@@ -128,7 +156,7 @@ class CrossAttention(Attention):
         mask: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        return self.attend(self.query(h_BND, rotation), k_BKLd, v_BKLd, mask, None, **kwargs)
+        return self.attend(h_BND, k_BKLd, v_BKLd, rotation, mask, None, **kwargs)
 
 
 class GlobalKV(nn.Module):
@@ -139,10 +167,10 @@ class GlobalKV(nn.Module):
         self.head_dim = config.cross_head_dim
         self.rope = config.cross_decoder_rope
         width = config.cross_num_key_value_heads * config.cross_head_dim
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm == "all" else None
+        self.norm = StreamRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_norm = head_norm(config, self.head_dim) if config.qk_norm == "all" else None
 
     def forward(self, x_BND: torch.Tensor, rotation: Rotation | None) -> tuple[torch.Tensor, torch.Tensor]:
         g_BND = self.norm(x_BND)
@@ -151,13 +179,19 @@ class GlobalKV(nn.Module):
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """The half of a layer that both decoders have: two norms, and the feed-forward with its residual."""
+    """The half of a layer that both decoders have: two norms, and the feed-forward with its residual.
 
-    def __init__(self, config: YocoUConfig):
+    `stored` counts layers through both decoders.
+    """
+
+    def __init__(self, config: YocoUConfig, stored: int):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MoE(config) if config.is_moe else MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = StreamRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = StreamRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.has_experts(stored):
+            self.mlp: nn.Module = MoE(config)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.swiglu_limit)
 
     def feed_forward(self, x_BND: torch.Tensor) -> torch.Tensor:
         return x_BND + self.mlp(self.post_attention_layernorm(x_BND))
@@ -167,7 +201,7 @@ class SelfDecoderLayer(DecoderLayer):
     """A layer of the self-decoder. Its attention has the checkpoint's name, `self_attn`."""
 
     def __init__(self, config: YocoUConfig, layer: int):
-        super().__init__(config)
+        super().__init__(config, layer)
         self.self_attn = WindowAttention(config, layer)
 
     def forward(self, x_BND: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -177,8 +211,8 @@ class SelfDecoderLayer(DecoderLayer):
 class CrossDecoderLayer(DecoderLayer):
     """A layer of the cross-decoder. Its attention has the checkpoint's name, `cross_attn`."""
 
-    def __init__(self, config: YocoUConfig):
-        super().__init__(config)
+    def __init__(self, config: YocoUConfig, layer: int):
+        super().__init__(config, config.num_self_decoder_layers + layer)
         self.cross_attn = CrossAttention(config)
 
     def forward(self, x_BND: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -233,8 +267,8 @@ class YocoUModel(YocoUPreTrainedModel):
         self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.self_decoder = Decoder([SelfDecoderLayer(config, i) for i in range(config.num_self_decoder_layers)])
         self.global_kv = GlobalKV(config)
-        self.cross_decoder = Decoder([CrossDecoderLayer(config) for _ in range(config.num_cross_decoder_layers)])
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.cross_decoder = Decoder([CrossDecoderLayer(config, j) for j in range(config.num_cross_decoder_layers)])
+        self.norm = StreamRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -277,8 +311,11 @@ class YocoUModel(YocoUPreTrainedModel):
             position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
 
         cfg, cache = self.config, past_key_values
-        x_BND = inputs_embeds * cfg.embedding_multiplier
-        mask_arguments = (cfg, x_BND, attention_mask, cache, position_ids)
+        x_BND = inputs_embeds
+        if cfg.residual_in_fp32:  # what layers add is then added in float32 too: torch widens it
+            x_BND = x_BND.to(at_least_float32(x_BND))
+        x_BND = x_BND * cfg.embedding_multiplier
+        mask_arguments = (cfg, inputs_embeds, attention_mask, cache, position_ids)
         window_mask = create_sliding_window_causal_mask(*mask_arguments)
         global_mask = create_causal_mask(*mask_arguments)
         dtype = at_least_float32(x_BND)
@@ -339,7 +376,7 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.lm_head(outputs.last_hidden_state[:, kept]) * self.config.logit_scale
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **training)
@@ -349,11 +386,6 @@ class YocoUForCausalLM(YocoUPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
-
-
-def at_least_float32(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which angles and softmax are computed for x: its own, or float32 if that is wider."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def heads_of(
