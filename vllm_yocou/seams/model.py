@@ -246,7 +246,7 @@ LAYERS = (
     Seam(
         "vllm.model_executor.layers.activation:SiluAndMulWithClamp",
         "this layer computes a clamped SwiGLU",
-        "serving/test_feed_forward.py",
+        "serving/test_switches.py",
         takes="swiglu_limit",
         mentions="swiglu_limit",
     ),
@@ -262,7 +262,7 @@ LAYERS = (
     Seam(
         "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner",
         "what latent experts compute is summed over ranks before it is normed and projected back",
-        "serving/test_latent_experts.py",
+        "serving/test_switches.py",
         mentions="reduce_commutative",
     ),
     Seam(
