@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from harness import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as some
@@ -16,11 +17,12 @@ from vllm.config import ModelConfig
 from vllm.config.utils import normalize_value
 from vllm.plugins import load_general_plugins
 
-from vllm_yocou.architecture import REQUIRED, TOKEN_IDS, Architecture
+from vllm_yocou.architecture import REQUIRED, SWITCHES, TOKEN_IDS, Architecture
 from vllm_yocou.checkpoints.format import expected_shapes
 from vllm_yocou.config import YocoUConfig
 from vllm_yocou.config_keys import FOREIGN_SWITCHES, KEYS
 
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
 IMPOSSIBLE = [
     (dict(num_iterations=0), "num_iterations is 0: it must be a whole number of at least 1"),
     (dict(num_iterations=2.5), "num_iterations is 2.5: it must be a whole number"),
@@ -54,6 +56,29 @@ IMPOSSIBLE = [
     (dict(rope_parameters={"rope_type": "linear", "factor": 0.5}), "rope_parameters has factor 0.5"),
     (dict(rope_parameters=tiny.LLAMA3_ROPE | {"low_freq_factor": 4}), "low_freq_factor is 4 and high_freq_factor 4.0"),
     (dict(rope_theta=-1.0), "rope_theta is -1.0: it must be a number between 1 and 1e\\+30"),
+    (dict(differential_attention="v1"), "differential_attention is 'v1': choose one of none, v2, v3"),
+    (dict(differential_attention=None), "differential_attention is None: choose one of none, v2, v3"),
+    (dict(headwise_glu=1), "headwise_glu is 1: it must be true or false"),
+    (dict(attention_bias="q"), "attention_bias is 'q': it must be true or false"),
+    (dict(qk_norm="all", qk_clip_limit=0), "qk_clip_limit is 0: it must be a positive number"),
+    (dict(swiglu_limit=-1.0), "swiglu_limit is -1.0: it must be a positive number"),
+    (dict(first_k_dense_replace=-1), "first_k_dense_replace is -1: it must be a whole number of at least 0"),
+    (EXPERTS | dict(first_k_dense_replace=None), "first_k_dense_replace is None: it must be a whole number"),
+    (EXPERTS | dict(router_in_fp32="yes"), "router_in_fp32 is 'yes': it must be true or false"),
+    (EXPERTS | dict(moe_latent_size=0), "moe_latent_size is 0: it must be a whole number of at least 1"),
+    (EXPERTS | dict(moe_latent_size=8, moe_latent_norm=None), "moe_latent_norm is None: it must be true or false"),
+    (dict(residual_in_fp32="float32"), "residual_in_fp32 is 'float32': it must be true or false"),
+    (dict(logit_scale=0), "logit_scale is 0: it must be a positive number"),
+    (
+        dict(headwise_glu=True, differential_attention="v2"),
+        "headwise_glu is true with differential_attention 'v2', whose gates take its place: choose one",
+    ),
+    (dict(qk_clip_limit=3.0), "qk_clip_limit is 3.0 with qk_norm 'none': .* set qk_norm to 'self' or 'all'"),
+    (EXPERTS | dict(first_k_dense_replace=4), "first_k_dense_replace is 4 of num_hidden_layers 4: .* choose fewer"),
+    (dict(first_k_dense_replace=1), "first_k_dense_replace is 1 without num_experts, .*: a dense model has no experts"),
+    (dict(router_in_fp32=True), "router_in_fp32 is True without num_experts, .* remove it or give all of them"),
+    (dict(moe_latent_size=8), "moe_latent_size is 8 without num_experts, .* remove it or give all of them"),
+    (EXPERTS | dict(moe_latent_norm=True), "moe_latent_norm is true without moe_latent_size: .* remove it"),
     (dict(num_experts=8), "num_experts given without num_experts_per_tok, moe_intermediate_size"),
     (
         dict(num_experts=4, num_experts_per_tok=5, moe_intermediate_size=8),
@@ -164,6 +189,89 @@ def test_saved_config_names_every_key(tmp_path):
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is YocoUConfig
     assert loaded.to_diff_dict() == cfg.to_diff_dict()
+
+
+WRITTEN_BY_0_2 = """\
+{
+  "auto_map": {
+    "AutoConfig": "yoco_u.YocoUConfig",
+    "AutoModel": "yoco_u.YocoUModel",
+    "AutoModelForCausalLM": "yoco_u.YocoUForCausalLM"
+  },
+  "bos_token_id": null,
+  "cross_decoder_rope": false,
+  "cross_head_dim": 32,
+  "cross_num_attention_heads": 4,
+  "cross_num_key_value_heads": 2,
+  "embedding_multiplier": 1.0,
+  "eos_token_id": null,
+  "head_dim": 32,
+  "hidden_act": "silu",
+  "hidden_size": 96,
+  "initializer_range": 0.02,
+  "intermediate_size": 160,
+  "max_position_embeddings": 1024,
+  "model_type": "yoco_u",
+  "moe_intermediate_size": null,
+  "norm_topk_prob": true,
+  "num_attention_heads": 4,
+  "num_experts": null,
+  "num_experts_per_tok": null,
+  "num_hidden_layers": 4,
+  "num_iterations": 3,
+  "num_key_value_heads": 2,
+  "num_self_decoder_layers": 2,
+  "pad_token_id": null,
+  "qk_norm": "none",
+  "rms_norm_eps": 1e-06,
+  "rope_interleaved": false,
+  "rope_parameters": {
+    "rope_theta": 10000.0,
+    "rope_type": "default"
+  },
+  "shared_expert_gate": null,
+  "shared_expert_intermediate_size": null,
+  "sliding_window": 16,
+  "tie_word_embeddings": false,
+  "transformers_version": "{version}",
+  "use_cache": true,
+  "vocab_size": 211
+}
+"""
+WITH_EXPERTS = {
+    '"moe_intermediate_size": null': '"moe_intermediate_size": 48',
+    '"num_experts": null': '"num_experts": 5',
+    '"num_experts_per_tok": null': '"num_experts_per_tok": 2',
+    '"shared_expert_intermediate_size": null': '"shared_expert_intermediate_size": 64',
+}
+
+
+def test_a_config_without_the_authors_switches_is_saved_as_older_versions_saved_it(tmp_path):
+    dense = WRITTEN_BY_0_2.replace("{version}", transformers.__version__)
+    tiny.config().save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == dense
+    with_experts = dense
+    for old, new in WITH_EXPERTS.items():
+        with_experts = with_experts.replace(old, new)
+    tiny.moe_config().save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == with_experts
+
+
+def test_a_saved_config_names_the_authors_switches_that_are_on(tmp_path):
+    for cfg in tiny.AUTHORS.values():
+        cfg.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        changed = {key: getattr(cfg, key) for key in SWITCHES if getattr(cfg, key) != getattr(YocoUConfig, key)}
+        assert {key: value for key, value in saved.items() if key in SWITCHES} == changed != {}
+        assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == cfg.to_diff_dict()
+
+
+def test_a_switch_overridden_to_off_is_off(tmp_path):
+    tiny.config(swiglu_limit=10.0, logit_scale=0.5).save_pretrained(tmp_path)
+    cfg = YocoUConfig.from_pretrained(tmp_path, swiglu_limit=None)
+    cfg.update({"logit_scale": 1.0})
+    assert (cfg.swiglu_limit, cfg.logit_scale) == (None, 1.0)
+    assert not {*SWITCHES} & {*cfg.to_diff_dict()}
 
 
 @pytest.mark.parametrize("how", ["update", "from_pretrained"])
@@ -287,7 +395,7 @@ def test_every_key_has_a_rule():
 
 
 def test_an_architecture_is_what_the_config_says(tmp_path):
-    for cfg in tiny.CONFIGS.values():
+    for cfg in (tiny.CONFIGS | tiny.AUTHORS).values():
         cfg.save_pretrained(tmp_path)
         saved = json.loads((tmp_path / "config.json").read_text())
         found = Architecture.of(saved)
@@ -307,7 +415,7 @@ SCALARS = some.one_of(
     some.sampled_from([16, 96, 2**12, 2**31, 10**12, 10**400]),
     some.floats(),
     some.text(max_size=5),
-    some.sampled_from(["silu", "none", "self", "all", "default", "yoco2024", "3", "nan"]),
+    some.sampled_from(["silu", "none", "self", "all", "v2", "v3", "default", "yoco2024", "3", "nan"]),
 )
 ANYTHING = some.one_of(
     SCALARS,
@@ -315,7 +423,9 @@ ANYTHING = some.one_of(
     some.dictionaries(some.sampled_from(["rope_theta", "rope_type", "type", "factor"]), SCALARS, max_size=3),
 )
 # Half of the values are such that some key may have them, or most models would be refused.
-SANE = some.sampled_from([1, 2, 4, 8, 12, 16, 96, 160, 0.5, 1.0, 1e-6, 500.0, True, False, None, "self", "all", "none"])
+SANE = some.sampled_from(
+    [1, 2, 4, 8, 12, 16, 96, 160, 0.5, 1.0, 1e-6, 500.0, True, False, None, "self", "all", "none", "v3"]
+)
 VALUES = some.booleans().flatmap(lambda sane: SANE if sane else ANYTHING)
 RUNNABLE = 2**22  # parameters times iterations of a model that a test can afford
 

@@ -23,6 +23,20 @@ REQUIRED = (
 )
 MOE_KEYS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+# The authors' switches. A saved file names those that are on, so that one without them is as older versions wrote it.
+SWITCHES = (
+    "differential_attention",
+    "headwise_glu",
+    "attention_bias",
+    "qk_clip_limit",
+    "swiglu_limit",
+    "first_k_dense_replace",
+    "router_in_fp32",
+    "moe_latent_size",
+    "moe_latent_norm",
+    "residual_in_fp32",
+    "logit_scale",
+)
 # Values of keys that a file leaves out, until `complete` refuses or derives them.
 MISSING: Any = None
 DERIVED: Any = None

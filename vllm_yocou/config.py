@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, logging
 
 from vllm_yocou import auto_classes, rope
-from vllm_yocou.architecture import Architecture
+from vllm_yocou.architecture import SWITCHES, Architecture
 from vllm_yocou.config_keys import refuse_foreign
 
 logger = logging.get_logger(__name__)
@@ -95,6 +95,11 @@ class YocoUConfig(PreTrainedConfig, Architecture):
         super().update(_with_rope_gathered(config_dict))
         self.validate()
         self._warn_if_retrained_depth(trained)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The keys that are saved: all of them, except the authors' switches that are off."""
+        keys = super().to_diff_dict()
+        return {key: value for key, value in keys.items() if key not in SWITCHES or value != getattr(type(self), key)}
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
         """Write the keys as JSON. A config.json also names the classes, whose module is written beside it.

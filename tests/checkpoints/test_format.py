@@ -5,10 +5,12 @@ from harness import tiny
 
 from vllm_yocou.checkpoints.format import expected_shapes
 
+CONFIGS = tiny.CONFIGS | tiny.AUTHORS
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_table_is_the_reference_models_state_dict(name):
-    cfg = tiny.CONFIGS[name]
+    cfg = CONFIGS[name]
     shapes = {key: tuple(tensor.shape) for key, tensor in tiny.model(cfg).state_dict().items()}
     if cfg.tie_word_embeddings:
         del shapes["lm_head.weight"]

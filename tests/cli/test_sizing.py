@@ -9,6 +9,7 @@ from vllm_yocou.cli import sizing
 from vllm_yocou.cli.sizing import KVBytes
 from vllm_yocou.config import YocoUConfig
 
+CONFIGS = tiny.CONFIGS | tiny.AUTHORS
 # arXiv 2604.01220: tokens in K, MiB of a Transformer, of YOCO, of YOCO-U.
 PUBLISHED = [(8, 320, 26, 46), (16, 640, 42, 62), (64, 2560, 138, 158), (256, 10240, 522, 542)]
 
@@ -55,16 +56,16 @@ def test_what_fits_is_the_inverse(tokens):
         assert (cost.tokens_in(need - 1), cost.tokens_in(need)) == (tokens - 1, tokens)
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_parameters(name):
-    model = tiny.model(tiny.CONFIGS[name])
+    model = tiny.model(CONFIGS[name])
     assert sizing.stored_parameters(model.config) == sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_matrix_operations_of_a_token(name):
-    model = tiny.model(tiny.CONFIGS[name])
+    model = tiny.model(CONFIGS[name])
     counter = FlopCounterMode(display=False)
     with counter:
         model(torch.tensor([[5]]), use_cache=False)
@@ -73,6 +74,13 @@ def test_matrix_operations_of_a_token(name):
         count for operation, count in counted.items() if "mm" in str(operation) and "bmm" not in str(operation)
     )
     assert sizing.flops(model.config, 0) == matrices
+
+
+@pytest.mark.parametrize("kind", ["v2", "v3"])
+def test_differential_attention_has_twice_the_attention_operations(kind):
+    cfg = tiny.config(differential_attention=kind)
+    attention = sizing.flops(tiny.config(), 100) - sizing.flops(tiny.config(), 0)
+    assert sizing.flops(cfg, 100) - sizing.flops(cfg, 0) == 2 * attention
 
 
 def test_attention_operations():

@@ -1,5 +1,7 @@
 """Tiny YOCO-U models with random weights: the one place where the tests get their configs and checkpoints."""
 
+import copy
+
 import torch
 
 from vllm_yocou.config import YocoUConfig
@@ -94,13 +96,88 @@ CONFIGS = {name: config(**overrides) for name, overrides in VARIANTS.items()}
 CONFIGS |= {name: moe_config(**overrides) for name, overrides in MOE_VARIANTS.items()}
 
 
+def _small(make=config, **overrides) -> YocoUConfig:
+    """One layer in each decoder, T = 2, W = 5."""
+    return make(**dict(num_hidden_layers=2, num_self_decoder_layers=1, num_iterations=2, sliding_window=5) | overrides)
+
+
+# With the random weights below, a third of SwiGLU's factors exceeds the first limit and most heads exceed the second.
+CLAMP = dict(swiglu_limit=0.4)
+CLIP = dict(qk_norm="all", qk_clip_limit=0.75)
+BIAS = dict(attention_bias=True, qk_norm="all")  # without a norm or RoPE the bias of the global keys changes nothing
+LATENT = dict(moe_latent_size=40)
+ROUTED = dict(shared_expert_gate=True, router_in_fp32=True)
+# Each of the authors' switches alone.
+SWITCHED = {
+    "differential-v2": _small(differential_attention="v2"),
+    "differential-v3": _small(differential_attention="v3"),
+    "headwise-glu": _small(headwise_glu=True),
+    "attention-bias": _small(**BIAS),
+    "qk-clip": _small(**CLIP),
+    "qk-clip-self": _small(**CLIP | dict(qk_norm="self")),
+    "clamp": _small(**CLAMP),
+    "clamp-moe": _small(moe_config, **CLAMP),
+    "dense-self": _small(moe_config, first_k_dense_replace=1),
+    "dense-cross": _small(moe_config, num_hidden_layers=3, first_k_dense_replace=2),
+    "router-float32": _small(moe_config, router_in_fp32=True),
+    "latent": _small(moe_config, **LATENT),
+    "latent-norm": _small(moe_config, **LATENT, moe_latent_norm=True),
+    "residual-float32": _small(residual_in_fp32=True),
+    "logit-scale": _small(logit_scale=0.5),
+}
+# The authors' models in small, from the first to the one that they serve, and what they only train.
+LINEAGE = {
+    "dense-original": config(
+        qk_norm="self",
+        tie_word_embeddings=True,
+        logit_scale=0.5,
+        rope_theta=1000.0,
+        cross_num_attention_heads=2,
+        cross_num_key_value_heads=1,
+        sliding_window=5,
+    ),
+    "dense-v2-clip": config(
+        differential_attention="v2", num_attention_heads=2, sliding_window=3, residual_in_fp32=True, **CLIP, **CLAMP
+    ),
+    "moe-june": moe_config(
+        differential_attention="v2", qk_norm="all", cross_num_attention_heads=8, sliding_window=9, **ROUTED, **CLAMP
+    ),
+    "moe-v3-latent": moe_config(
+        differential_attention="v3",
+        sliding_window=17,
+        moe_latent_norm=True,
+        residual_in_fp32=True,
+        **ROUTED,
+        **CLIP,
+        **CLAMP,
+        **LATENT,
+    ),
+    "mixed-v3": moe_config(
+        differential_attention="v3",
+        qk_norm="all",
+        first_k_dense_replace=1,
+        num_hidden_layers=3,
+        num_self_decoder_layers=2,
+        num_iterations=1,
+        num_key_value_heads=1,
+        sliding_window=2,
+        residual_in_fp32=True,
+        **ROUTED,
+        **CLAMP,
+        **LATENT,
+    ),
+    "train-only": config(headwise_glu=True, **BIAS),
+}
+AUTHORS = SWITCHED | LINEAGE
+
+
 def model(cfg: YocoUConfig, seed: int = 0) -> YocoUForCausalLM:
-    """Random weights large enough that every layer moves the logits; norm weights away from one."""
+    """Random weights large enough that every layer moves the logits; norm weights away from one, biases from zero."""
     torch.manual_seed(seed)
-    built = YocoUForCausalLM(cfg).eval()
+    built = YocoUForCausalLM(copy.deepcopy(cfg)).eval()  # tests set what they like in a model's config, and saving does
     with torch.no_grad():
-        for parameter in built.parameters():
-            if parameter.dim() > 1:
+        for name, parameter in built.named_parameters():
+            if parameter.dim() > 1 or name.endswith(".bias"):
                 parameter.normal_(std=0.08)
             else:
                 parameter.uniform_(0.5, 1.5)
