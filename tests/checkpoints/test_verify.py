@@ -42,3 +42,15 @@ def test_scales_of_kv_caches_are_named(quantized):
     weights = tiny.model(cfg).state_dict() | {scale: torch.ones(())}
     with pytest.raises(ValueError, match=f"unexpected: {scale}"):
         list(verified(weights.items(), cfg, quantized))
+
+
+def test_a_quantized_checkpoint_has_its_biases_and_gates_as_they_were():
+    cfg = tiny.config(differential_attention="v2", attention_bias=True)
+    weights = dict(tiny.model(cfg).state_dict())
+    assert len(list(verified(weights.items(), cfg, quantized=True))) == len(weights)
+    layer = "model.self_decoder.layers.0.self_attn"
+    del weights[f"{layer}.q_proj.bias"]
+    weights[f"{layer}.lambda_proj.weight_packed"] = weights.pop(f"{layer}.lambda_proj.weight")
+    missing = f"missing: {layer}.lambda_proj.weight, {layer}.q_proj.bias; "
+    with pytest.raises(ValueError, match=f"{missing}unexpected: {layer}.lambda_proj.weight_packed"):
+        list(verified(weights.items(), cfg, quantized=True))

@@ -273,6 +273,26 @@ LAYERS = (
         takes="swiglu_limit",
     ),
     Seam(
+        "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEExperts",
+        "most of the kernels that clamp what routed experts compute do it here",
+        "serving/test_clamped_experts.py",
+        mentions="activation_config",
+    ),
+    Seam(
+        "vllm.model_executor.layers.fused_moe.experts.triton_moe:TritonExperts",
+        "this kernel clamps what routed experts compute",
+        "serving/test_clamped_experts.py",
+        mentions="clamp_limit",
+        only="cuda",
+    ),
+    Seam(
+        "vllm.model_executor.layers.fused_moe.experts.flashinfer_cutlass_moe:FlashInferExperts",
+        "this kernel clamps what routed experts compute",
+        "serving/test_clamped_experts.py",
+        mentions="gemm1_clamp_limit",
+        only="cuda",
+    ),
+    Seam(
         "vllm.model_executor.layers.fused_moe:UnquantizedFusedMoEMethod",
         "on a CPU another loop takes the place of its experts",
         "serving/test_clamped_experts.py",

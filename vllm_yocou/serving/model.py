@@ -146,7 +146,7 @@ class YocoUModel(nn.Module):
     ) -> torch.Tensor:
         if x_ND is None:
             assert input_ids_N is not None  # vLLM gives one of the two
-            x_ND = self.embed_input_ids(input_ids_N)
+            x_ND = self.embed_tokens(input_ids_N).to(self.stream_dtype) * self.embedding_multiplier
         x_ND = x_ND.to(self.stream_dtype)
         for iteration in self.iterations[:1] if self.is_discarded() else self.iterations:
             x_ND = self.self_decoder(positions_N, x_ND, iteration)
