@@ -22,7 +22,6 @@ BUILT_ON_VLLMS = (
     "rows.v1_runner",
     "rows.v2_runner",
     "serving.caches",
-    "serving.clamped_experts",
     "serving.engine_settings",
     "serving.heads",
     "serving.layers",

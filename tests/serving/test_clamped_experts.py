@@ -4,28 +4,27 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 from vllm.platforms import current_platform
 
-from vllm_yocou.serving.clamped_experts import CLAMPING, CLAMPING_UNQUANTIZED, ClampedExperts
+from vllm_yocou.serving.clamped_experts import CLAMPING, CLAMPING_UNQUANTIZED, check_clamp
 from vllm_yocou.serving.looped_experts import clamped_experts
 
 
-def chosen(monkeypatch, experts: str | None, quantized: bool, cpu: bool = False):
-    """What becomes of a layer for which vLLM has chosen experts of this name."""
+def check(monkeypatch, experts: str | None, quantized: bool, cpu: bool = False) -> None:
+    """Of a layer for which vLLM has chosen experts of this name; they stay as they are."""
     kind = SimpleNamespace if quantized else UnquantizedFusedMoEMethod
     method = kind.__new__(kind)
     method.__dict__["experts_cls"] = experts and type(experts, (), {})
-    monkeypatch.setattr(RoutedExperts, "_get_quant_method", lambda *args: method)
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: cpu)
-    layer = ClampedExperts.__new__(ClampedExperts)
-    assert layer._get_quant_method("experts", None, SimpleNamespace(swiglu_limit=10.0)) is method
+    moe_config = SimpleNamespace(swiglu_limit=10.0)
+    check_clamp(SimpleNamespace(routed_experts=SimpleNamespace(quant_method=method), moe_config=moe_config))
 
 
 @pytest.mark.parametrize("quantized, names", [(False, CLAMPING_UNQUANTIZED), (True, CLAMPING)])
 def test_kernels_that_clamp_are_kept(quantized, names, monkeypatch):
     for name in names:
-        chosen(monkeypatch, name, quantized)
+        check(monkeypatch, name, quantized)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +38,7 @@ def test_kernels_that_clamp_are_kept(quantized, names, monkeypatch):
 )
 def test_kernels_that_may_not_are_refused(experts, quantized, cpu, sentence, monkeypatch):
     with pytest.raises(ValueError, match=rf"^swiglu_limit 10.0 cannot be used with {sentence}"):
-        chosen(monkeypatch, experts, quantized, cpu)
+        check(monkeypatch, experts, quantized, cpu)
 
 
 def test_the_loop_is_the_definition():

@@ -255,22 +255,16 @@ LAYERS = (
         "its routed experts are made by this",
         "serving/test_feed_forward.py",
         takes=(
-            "hidden_size intermediate_size num_experts prefix quant_config renormalize routed_experts_cls "
+            "hidden_size intermediate_size num_experts prefix quant_config renormalize "
             "routed_input_transform routed_output_transform router_logits_dtype shared_experts swiglu_limit top_k"
         ),
     ),
     Seam(
-        "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner",
-        "what latent experts compute is summed over ranks before it is normed and projected back",
+        "vllm.model_executor.layers.fused_moe:MoERunner",
+        "latent experts are summed over ranks before they are normed, and experts that do not clamp are replaced",
         "serving/test_switches.py",
-        mentions="reduce_commutative",
-    ),
-    Seam(
-        "vllm.model_executor.layers.fused_moe:RoutedExperts",
-        "routed experts refuse kernels that do not clamp",
-        "serving/test_clamped_experts.py",
-        has="_get_quant_method",
-        takes="swiglu_limit",
+        has="_replace_quant_method",
+        mentions="moe_config reduce_commutative routed_experts",
     ),
     Seam(
         "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEExperts",

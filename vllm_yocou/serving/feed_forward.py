@@ -17,7 +17,7 @@ from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.qwen2_moe import Qwen2MoeMLP
 
 from vllm_yocou.config import YocoUConfig
-from vllm_yocou.serving.clamped_experts import ClampedExperts
+from vllm_yocou.serving.clamped_experts import check_clamp
 
 
 class SwiGLU(LlamaMLP):
@@ -102,10 +102,11 @@ class MixtureOfExperts(nn.Module):
             quant_config=quant,
             router_logits_dtype=router_dtype,
             swiglu_limit=config.swiglu_limit,
-            routed_experts_cls=None if config.swiglu_limit is None else ClampedExperts,
             prefix=f"{prefix}.experts",
             **latent,
         )
+        if config.swiglu_limit is not None:
+            check_clamp(self.experts)
 
     def into_latent(self, h_ND: torch.Tensor) -> torch.Tensor:
         z_NL, _ = self.fc1_latent_proj(h_ND)
