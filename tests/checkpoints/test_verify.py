@@ -100,3 +100,15 @@ def test_a_part_that_does_not_fit_is_refused_in_a_sentence(name, sent, said):
     with pytest.raises(ValueError, match=re.escape(said)) as refused:
         check_part({"b.scale": torch.ones(1), name: sent}, STORED)
     assert "\n" not in str(refused.value)
+
+
+def test_a_quantized_checkpoint_has_its_biases_and_gates_as_they_were():
+    cfg = tiny.config(differential_attention="v2", attention_bias=True)
+    weights = dict(tiny.model(cfg).state_dict())
+    assert len(list(verified(weights.items(), cfg, quantized=True))) == len(weights)
+    layer = "model.self_decoder.layers.0.self_attn"
+    del weights[f"{layer}.q_proj.bias"]
+    weights[f"{layer}.lambda_proj.weight_packed"] = weights.pop(f"{layer}.lambda_proj.weight")
+    missing = f"missing: {layer}.lambda_proj.weight, {layer}.q_proj.bias; "
+    with pytest.raises(ValueError, match=f"{missing}unexpected: {layer}.lambda_proj.weight_packed"):
+        list(verified(weights.items(), cfg, quantized=True))

@@ -6,6 +6,7 @@ are after quantization, and rounds activations where the format does, as vLLM's 
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from vllm.scalar_type import scalar_types
 from vllm_yocou.reference import YocoUForCausalLM
 
 GROUP = 32  # inputs that share a scale, in four bits
+GATES = r"(lambda_proj|_attn\.gate_proj)"
 FP8 = torch.float8_e4m3fn
 
 
@@ -54,10 +56,9 @@ class Format:
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Linear]:
-    """What is quantized: all projections, not the head."""
+    """What is quantized: all projections, not the head and not the gates of heads."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    del found["lm_head"]
-    return found
+    return {name: module for name, module in found.items() if not re.search(f"lm_head|{GATES}", name)}
 
 
 def compressed(preset: str) -> Callable:
@@ -68,7 +69,9 @@ def compressed(preset: str) -> Callable:
         scheme = preset_name_to_scheme(preset, ["Linear"])
         if scheme.weights.group_size is not None:
             scheme.weights.group_size = GROUP
-        apply_quantization_config(model, QuantizationConfig(config_groups={"all": scheme}, ignore=["lm_head"]))
+        apply_quantization_config(
+            model, QuantizationConfig(config_groups={"all": scheme}, ignore=["lm_head", f"re:.*{GATES}"])
+        )
         for linear in matrices(model).values():
             groups_OGI = linear.weight.detach().unflatten(1, (-1, scheme.weights.group_size or linear.in_features))
             scale, zero = calculate_qparams(groups_OGI.amin(-1), groups_OGI.amax(-1), scheme.weights)

@@ -23,7 +23,9 @@ BUILT_ON_VLLMS = (
     "rows.v2_runner",
     "serving.caches",
     "serving.engine_settings",
+    "serving.heads",
     "serving.layers",
+    "serving.looped_experts",
     "serving.model",
     "serving.rope",
 )

@@ -38,6 +38,13 @@ REFUSED = [
         dict(tensor_parallel_size=2, hf_overrides={"intermediate_size": 161}),
         "intermediate_size 161 is not divisible by the tensor parallel size 2",
     ),
+    (  # of six query heads, two ranks would have three
+        dict(
+            tensor_parallel_size=2,
+            hf_overrides={"differential_attention": "v3", "num_attention_heads": 3, "num_key_value_heads": 1},
+        ),
+        "num_attention_heads 3 is not divisible by the tensor parallel size 2",
+    ),
 ]
 
 
@@ -106,6 +113,21 @@ def test_overrides_by_a_function_are_checked_too(checkpoint):
 
     with pytest.raises(ValueError, match="num_iterations is -1"):
         configured(checkpoint, hf_overrides=override)
+
+
+@pytest.mark.parametrize("overrides", [dict(moe_latent_size=40), dict(hidden_size=80)], ids=str)
+def test_experts_on_a_cpu_take_some_widths_alone(overrides, tmp_path):
+    tiny.moe_config(architectures=["YocoUForCausalLM"], **overrides).save_pretrained(tmp_path)
+    ((key, size),) = overrides.items()
+    with pytest.raises(ValueError, match=f"{key} {size} cannot be used with a mixture of experts on a CPU: .* of 32"):
+        configured(str(tmp_path), load_format="dummy")
+
+
+def test_dense_layers_before_experts_are_split_too(tmp_path):
+    sizes = dict(first_k_dense_replace=1, intermediate_size=161)
+    tiny.moe_config(architectures=["YocoUForCausalLM"], **sizes).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="intermediate_size 161 is not divisible by the tensor parallel size 2"):
+        configured(str(tmp_path), load_format="dummy", tensor_parallel_size=2)
 
 
 def test_what_experts_allow(tmp_path):

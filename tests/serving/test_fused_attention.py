@@ -22,6 +22,11 @@ SPLIT_HEADS = dict(cross_num_attention_heads=6, cross_num_key_value_heads=2, cro
             id="normed-and-turned",
         ),
         pytest.param(dict(), id="plain", marks=pytest.mark.slow),
+        pytest.param(
+            dict(differential_attention="v3", residual_in_fp32=True, **tiny.BIAS),
+            id="differential-biased",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_exact_and_called(overrides, engine_process, tmp_path):
@@ -41,6 +46,19 @@ def test_exact_and_called(overrides, engine_process, tmp_path):
         assert batch.metrics["window_step"] == T * S * steps
         assert batch.metrics["global_write"] == steps
         assert batch.metrics["cross_attention"] == C * of_one_row
+
+
+@pytest.mark.parametrize("engine_process", ["v2-triton"], indirect=True)
+def test_clipped_heads_are_left_to_vllm(engine_process, nightly, tmp_path):
+    """The kernels norm heads and would not clip them."""
+    model = tiny.model(tiny.config(**tiny.CLIP))
+    model.save_pretrained(tmp_path)
+    requests = [{"prompt": tiny.prompt(length), "sampling": {"max_tokens": 2}} for length in (5, 19)]
+    settings = dict(max_model_len=64, additional_config={"yocou": {"kernels": True}})
+    (batch,) = engine_process.run(tmp_path, [requests], **settings)
+    check(model, requests, batch.outputs)
+    assert {batch.metrics[name] for name in ("window_step", "global_write", "cross_attention")} == {0}
+    assert engine_process.log.read_text().count('The option "kernels" is off: this plugin') == 1
 
 
 def test_other_caches_and_chunks_are_left_to_vllm():

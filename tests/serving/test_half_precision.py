@@ -18,6 +18,7 @@ def cases() -> list:
     """One in `make test`: on a processor that has bfloat16, with all of its switches, elsewhere the smallest."""
     first = COMMON if processor.has_bfloat16_units() else SMALLEST
     every = [(name, dtype) for name in tiny.CONFIGS for dtype in (torch.bfloat16, torch.float16)]
+    every += [(name, torch.bfloat16) for name in tiny.LINEAGE]
     return [
         pytest.param(
             name,
@@ -32,7 +33,8 @@ def cases() -> list:
 @pytest.mark.parametrize("name, dtype", cases())
 def test_no_less_exact_than_the_reference(name, dtype, engine, tmp_path):
     """Prompts whose rows skip, prompts whose every row runs, and the same again from the prefix cache."""
-    oracle = HalfPrecision(tiny.model(tiny.CONFIGS[name]), dtype)
+    config = (tiny.CONFIGS | tiny.LINEAGE)[name]
+    oracle = HalfPrecision(tiny.model(config), dtype)
     oracle.stored.save_pretrained(tmp_path)
     llm = engine(tmp_path, dtype=str(dtype).removeprefix("torch."))
     prompts = [*map(tiny.prompt, LENGTHS), tiny.prompt(300)]
@@ -41,7 +43,7 @@ def test_no_less_exact_than_the_reference(name, dtype, engine, tmp_path):
         for prompt, output in zip(prompts, outputs, strict=True):
             oracle.compare(prompt, output)
     # With a window of one token vLLM finds no hits.
-    assert any(output.num_cached_tokens for output in outputs) == (tiny.CONFIGS[name].sliding_window > 1)
+    assert any(output.num_cached_tokens for output in outputs) == (config.sliding_window > 1)
     oracle.check()
 
 

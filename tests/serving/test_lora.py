@@ -32,18 +32,23 @@ def merged(checkpoint, tmp_path_factory):
     """Adapter folder -> the reference with that adapter merged into its weights; None -> without any."""
     models = {None: YocoUForCausalLM.from_pretrained(checkpoint).eval()}
     for rank, (name, targets) in zip((8, 3, 16), TARGETS.items(), strict=True):
-        model = YocoUForCausalLM.from_pretrained(checkpoint)
         (targets,) = targets if name == "cross-decoder" else (targets,)  # peft takes a string for a pattern
-        adapted = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
-        torch.manual_seed(rank)
-        with torch.no_grad():
-            for parameter_name, parameter in adapted.named_parameters():
-                if "lora_" in parameter_name:
-                    parameter.normal_(std=0.1)
         folder = tmp_path_factory.mktemp(name)
-        adapted.save_pretrained(folder)
-        models[str(folder)] = adapted.merge_and_unload().eval()
+        models[str(folder)] = adapted(checkpoint, folder, targets, rank)
     return models
+
+
+def adapted(checkpoint, folder, targets: list[str] | str, rank: int) -> YocoUForCausalLM:
+    """The checkpoint's model with an adapter merged into it that is saved to `folder`."""
+    model = YocoUForCausalLM.from_pretrained(checkpoint)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+    torch.manual_seed(rank)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    return model.merge_and_unload().eval()
 
 
 LENGTHS = (1, 36, 37, 90, 300)
@@ -79,3 +84,27 @@ def test_every_adapter_changes_the_answers(merged):
     prompt = torch.tensor([tiny.prompt(90)])
     plain, *others = (model(prompt).logits.log_softmax(-1) for model in merged.values())
     assert all((plain - other).abs().max() > 0.1 for other in others)
+
+
+@pytest.mark.parametrize(
+    "switches, targets",
+    [
+        (dict(differential_attention="v3"), [*TARGETS["everywhere"], "lambda_proj"]),
+        # In attention a layer of its own, in the feed-forward half of a merged one.
+        (dict(headwise_glu=True), ["gate_proj", "up_proj", "q_proj"]),
+    ],
+    ids=["pairs", "heads"],
+)
+@pytest.mark.parametrize("engine_process", ["v1"], indirect=True)
+def test_gates_of_heads_take_adapters(switches, targets, engine_process, nightly, tmp_path):
+    plain, adapter = tmp_path / "plain", tmp_path / "adapter"
+    tiny.model(tiny.config(swiglu_limit=0.4, **switches, **tiny.BIAS)).save_pretrained(plain)
+    models = {str(adapter): adapted(plain, adapter, targets, 8), None: YocoUForCausalLM.from_pretrained(plain).eval()}
+    requests = [{"prompt": tiny.prompt(length), "adapter": folder} for length in LENGTHS for folder in models]
+    (batch,) = engine_process.run(plain, [requests], enable_lora=True, max_lora_rank=8)
+    for folder, model in models.items():
+        oracle = Oracle(model)
+        for request, output in zip(requests, batch.outputs, strict=True):
+            if request["adapter"] == folder:
+                oracle.compare(request["prompt"], output)
+        oracle.check()

@@ -6,9 +6,12 @@ import pytest
 from harness import tiny
 from harness.engines import generate, kv_cache_config
 from vllm import SamplingParams
+from vllm.v1.attention.backend import MultipleOf
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.request import Request
 
 from vllm_yocou.cli.sizing import KVBytes
+from vllm_yocou.config import YocoUConfig
 from vllm_yocou.options import Options
 from vllm_yocou.serving.cache_specs import GlobalCacheSpec, WindowCacheSpec
 from vllm_yocou.serving.caches import packing_of
@@ -83,18 +86,9 @@ CONTEXT, CHUNK, POOL = 100_000, 1000, 200 << 20
 class Pool:
     """The block pool of a real engine, and requests that take slots in it without being computed."""
 
-    def __init__(self, engine, folder, shape: str):
-        self.config = tiny.config(**dict(max_position_embeddings=CONTEXT) | SHAPES[shape])
-        tiny.model(self.config).save_pretrained(folder)
-        self.llm = engine(
-            folder,
-            max_model_len=CONTEXT,
-            max_num_batched_tokens=CHUNK,
-            kv_cache_memory_bytes=POOL,
-            enable_prefix_caching=False,
-            additional_config={"yocou": OPTIONS.get(shape, {})},
-        )
-        engine = self.llm.llm_engine.engine_core.engine_core
+    def __init__(self, llm):
+        engine = llm.llm_engine.engine_core.engine_core
+        self.config = engine.vllm_config.model_config.hf_config
         self.vllm_config, self.kv_config = engine.vllm_config, engine.scheduler.kv_cache_config
         self.manager = engine.scheduler.kv_cache_manager
         self.packing: Packing = packing_of(self.vllm_config)
@@ -137,7 +131,17 @@ class Pool:
 
 @pytest.fixture(scope="module", params=SHAPES)
 def pool(request, module_engine, tmp_path_factory):
-    yield Pool(module_engine, tmp_path_factory.mktemp("checkpoint"), request.param)
+    folder, shape = tmp_path_factory.mktemp("checkpoint"), request.param
+    tiny.model(tiny.config(**dict(max_position_embeddings=CONTEXT) | SHAPES[shape])).save_pretrained(folder)
+    llm = module_engine(
+        folder,
+        max_model_len=CONTEXT,
+        max_num_batched_tokens=CHUNK,
+        kv_cache_memory_bytes=POOL,
+        enable_prefix_caching=False,
+        additional_config={"yocou": OPTIONS.get(shape, {})},
+    )
+    yield Pool(llm)
     module_engine.stop()
 
 
@@ -234,6 +238,53 @@ def test_tokens_that_fit_in_the_budget(pool):
         pool.free(request)
     held = packing.blocks(tokens, window, tokens)  # the last one to be let in takes its windows in full for a moment
     assert expected - ceil(held / each) <= len(requests) - 1 <= expected
+
+
+# The authors' production model but for what its caches do not depend on.
+PRODUCTION = dict(
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=20,
+    num_self_decoder_layers=10,
+    num_iterations=3,
+    sliding_window=513,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    differential_attention="v3",
+    attention_bias=True,
+    residual_in_fp32=True,
+    qk_norm="all",
+    qk_clip_limit=3.0,
+    max_position_embeddings=131_072,
+)
+
+
+@pytest.mark.parametrize("block, layers, mebibytes", [(16, 30, 575.6), (32, 15, 577.5)], ids=["cuda", "cpu"])
+def test_the_authors_switches_leave_the_caches_as_they_are(block, layers, mebibytes, engine, tmp_path, monkeypatch):
+    """64 query heads in pairs over 8 KV heads; the same window and global caches as 32 heads alone would have."""
+    YocoUConfig(architectures=["YocoUForCausalLM"], vocab_size=tiny.VOCABULARY, **PRODUCTION).save_pretrained(tmp_path)
+    monkeypatch.setattr(CPUAttentionBackend, "get_supported_kernel_block_sizes", lambda spec=None: [MultipleOf(block)])
+    llm = engine(
+        tmp_path,
+        load_format="dummy",
+        dtype="bfloat16",
+        max_model_len=131_072,
+        max_num_batched_tokens=512,
+        kv_cache_memory_bytes=700 << 20,
+        enable_prefix_caching=False,
+    )
+    pool = Pool(llm)
+    groups = [len(group.layer_names) for group in pool.kv_config.kv_cache_groups]
+    assert sorted(groups) == [1, *[layers] * (30 // layers)]
+    token_bytes = 2 * 8 * 128 * 2
+    assert pool.packing.block_bytes == layers * block * token_bytes
+    request = pool.request(131_072)
+    assert pool.grow(request, 511) is not None
+    while request.num_computed_tokens < 131_071:
+        assert pool.grow(request, 512) is not None
+    held = pool.grow(request, 1)
+    assert held * pool.packing.block_bytes / 2**20 == pytest.approx(mebibytes, abs=0.05)
 
 
 @pytest.mark.parametrize("limit", [1, 100, 512])

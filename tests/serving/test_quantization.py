@@ -56,6 +56,16 @@ def test_quantized_checkpoints(name, engine, tmp_path):
     check(model, reference, outputs, exact=quantized.dtype == "float32")
 
 
+@pytest.mark.parametrize("name", ["compressed-tensors-w8a8", "gptq"])
+@pytest.mark.parametrize("gates", [dict(differential_attention="v2"), dict(headwise_glu=True)], ids=["pairs", "heads"])
+def test_biases_and_gates_stay_as_they_are(gates, name, engine, nightly, tmp_path):
+    quantized = FORMATS[name]
+    model = tiny.model(tiny.config(swiglu_limit=0.4, **gates, **tiny.BIAS, **quantized.sizes))
+    reference = quantized.save(model, tmp_path)
+    outputs = generate(engine(tmp_path, dtype=quantized.dtype), [*SHORT, *LONG])
+    check(model, reference, outputs, exact=quantized.dtype == "float32")
+
+
 @pytest.mark.parametrize(
     "width, by_tiles", [(FORMATS["compressed-tensors-w8a8"].sizes["hidden_size"], False), (96, True)]
 )

@@ -49,6 +49,11 @@ def undecided_shapes(config: Architecture) -> dict[str, tuple[int, ...]]:
     return {f"{layer}.mlp.shared_expert_gate.weight": (1, config.hidden_size) for layer in with_experts}
 
 
+def can_be_quantized(matrix: str) -> bool:
+    """Whether the matrix of this name, without its ending, may be stored quantized: gates of heads may not."""
+    return not matrix.endswith((".lambda_proj", "_attn.gate_proj"))
+
+
 def _query_shapes(prefix: str, config: Architecture, heads: int, d: int) -> dict[str, tuple[int, ...]]:
     """Of an attention whose output projection reads `heads` heads of `d`: queries, output and gates."""
     D, queries = config.hidden_size, heads * (2 if config.is_differential else 1)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vllm_yocou.checkpoints.format import deviations, expected_shapes, listed, undecided_shapes
+from vllm_yocou.checkpoints.format import can_be_quantized, deviations, expected_shapes, listed, undecided_shapes
 from vllm_yocou.checkpoints.tensors import weight_files
 from vllm_yocou.config import YocoUConfig
 
@@ -72,7 +72,9 @@ def verified(
             twice.append(name)
         seen.add(name)
         matrix, _, part = name.rpartition(".")
-        belongs = quantized and len(expected.get(f"{matrix}.weight", ())) == 2
+        # A bias beside a quantized matrix is stored as ever, and so are matrices that are served unquantized.
+        belongs = quantized and can_be_quantized(matrix) and len(expected.get(f"{matrix}.weight", ())) == 2
+        belongs = belongs and (part == "weight" or name not in expected)
         missing.discard(f"{matrix}.weight" if belongs else name)
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue  # Some writers store tied embeddings twice; the embedding's copy is the one in use.

@@ -30,6 +30,12 @@ WINDOW_ATTENTION = "vllm::yocou_attend_windows"
 logger = logging.getLogger("vllm.plugins.yocou")
 
 
+def uses_kernels(vllm_config: VllmConfig) -> bool:
+    """Whether the plugin's kernels take the place of vLLM's: they norm heads, and do not clip them."""
+    clips = vllm_config.model_config.hf_config.qk_clip_limit is not None
+    return Options.of(vllm_config.additional_config).kernels and not clips
+
+
 class Cache(Attention):
     """What the two caches share: the backend, and a spec of their own instead of vLLM's choice of block size."""
 
@@ -44,7 +50,7 @@ class Cache(Attention):
     ):
         cache_config = vllm_config.cache_config
         base = served_backend(vllm_config, head_size, windowed=window is not None)
-        kernels = Options.of(vllm_config.additional_config).kernels
+        kernels = uses_kernels(vllm_config)
         super().__init__(
             num_heads,
             head_size,

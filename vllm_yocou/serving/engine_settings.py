@@ -60,11 +60,9 @@ def check_shards(vllm_config: "VllmConfig") -> None:
     parallel = vllm_config.parallel_config
     ranks = parallel.tensor_parallel_size
     config.check_ranks(ranks)
-    split = {"intermediate_size": ranks}
-    if config.is_moe:
-        split = (
-            {} if parallel.enable_expert_parallel else {"moe_intermediate_size": ranks * parallel.data_parallel_size}
-        )
+    split = {} if config.is_moe and not config.first_k_dense_replace else {"intermediate_size": ranks}
+    if config.is_moe and not parallel.enable_expert_parallel:
+        split["moe_intermediate_size"] = ranks * parallel.data_parallel_size
     if config.shared_expert_intermediate_size is not None:
         split["shared_expert_intermediate_size"] = ranks
     for key, parts in split.items():
@@ -106,9 +104,18 @@ def check_experts_on_cpu(vllm_config: "VllmConfig") -> None:
     """Refuse what vLLM supports for a mixture of experts on GPUs only."""
     from vllm.platforms import current_platform
 
-    if not vllm_config.model_config.hf_config.is_moe or not current_platform.is_cpu():
+    config = cast("YocoUConfig", vllm_config.model_config.hf_config)
+    if not config.is_moe or not current_platform.is_cpu():
         return
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
     refuse_expert_parallel(vllm_config)
+    key = "hidden_size" if config.moe_latent_size is None else "moe_latent_size"
+    if getattr(config, key) % CPUUnquantizedExperts.output_alignment:
+        raise ValueError(
+            f"{key} {getattr(config, key)} cannot be used with a mixture of experts on a CPU: vLLM's experts take "
+            f"multiples of {CPUUnquantizedExperts.output_alignment}, serve the model on a GPU."
+        )
     if vllm_config.parallel_config.data_parallel_size > 1:
         raise ValueError(
             "--data-parallel-size cannot be used with a mixture of experts on a CPU: vLLM's ranks share the experts "

@@ -18,7 +18,6 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.lora.model_manager import LoRAModelManager
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.interfaces import SupportsLoRA
@@ -27,8 +26,9 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_yocou.checkpoints.verify import verified
 from vllm_yocou.config import YocoUConfig
+from vllm_yocou.options import Options
 from vllm_yocou.rows.selection import why_all_rows
-from vllm_yocou.serving.caches import GlobalCache, packing_of, window_caches
+from vllm_yocou.serving.caches import GlobalCache, packing_of, uses_kernels, window_caches
 from vllm_yocou.serving.compilation import (
     PieceCapture,
     compiled_unit,
@@ -37,7 +37,7 @@ from vllm_yocou.serving.compilation import (
     without_piecewise_graphs,
 )
 from vllm_yocou.serving.feed_forward import decide_gate
-from vllm_yocou.serving.layers import CrossDecoderLayer, GlobalKV, SelfDecoderLayer
+from vllm_yocou.serving.layers import CrossDecoderLayer, GlobalKV, SelfDecoderLayer, stream_norm
 from vllm_yocou.serving.lora import SelectedRowsAdapters
 from vllm_yocou.serving.weight_update import WeightUpdate
 
@@ -68,7 +68,7 @@ class CrossDecoder(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, cache: GlobalCache, prefix: str):
         super().__init__()
         self.layers = nn.ModuleList(
-            CrossDecoderLayer(vllm_config, cache, f"{prefix}.layers.{j}")
+            CrossDecoderLayer(vllm_config, j, cache, f"{prefix}.layers.{j}")
             for j in range(vllm_config.model_config.hf_config.num_cross_decoder_layers)
         )
 
@@ -86,6 +86,8 @@ class YocoUModel(nn.Module):
         config = cast(YocoUConfig, vllm_config.model_config.hf_config)
         prepare_cuda_graphs(vllm_config.compilation_config)
         self.embedding_multiplier = config.embedding_multiplier
+        self.dtype = torch.get_default_dtype()
+        self.stream_dtype = torch.float32 if config.residual_in_fp32 else self.dtype
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size,
             config.hidden_size,
@@ -104,7 +106,7 @@ class YocoUModel(nn.Module):
             self.cross_decoder = CrossDecoder(
                 vllm_config=vllm_config, cache=self.global_kv.cache, prefix=f"{prefix}.cross_decoder"
             )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = stream_norm(config)
         self.adapters: SelectedRowsAdapters | None = None
         if get_tensor_model_parallel_rank() == 0:
             for line in self.describe(vllm_config):
@@ -118,6 +120,8 @@ class YocoUModel(nn.Module):
         ours += ["global writes and cross attention of at most one row a request"] if cache.by_kernel else []
         if ours:
             lines.append(f"This plugin's Triton kernels, which decode slower on an H100, take {', '.join(ours)}.")
+        elif Options.of(vllm_config.additional_config).kernels and not uses_kernels(vllm_config):
+            lines.append('The option "kernels" is off: this plugin\'s kernels do not clip queries and keys.')
         lines.append(packing.cost(vllm_config, windows[0].sliding_window))
         if reason := why_all_rows(vllm_config):
             lines.append(f"The cross-decoder runs on every prompt row: {reason}.")
@@ -144,7 +148,8 @@ class YocoUModel(nn.Module):
     ) -> torch.Tensor:
         if x_ND is None:
             assert input_ids_N is not None  # vLLM gives one of the two
-            x_ND = self.embed_input_ids(input_ids_N)
+            x_ND = self.embed_tokens(input_ids_N).to(self.stream_dtype) * self.embedding_multiplier
+        x_ND = x_ND.to(self.stream_dtype)
         for iteration in self.iterations[:1] if self.is_discarded() else self.iterations:
             x_ND = self.self_decoder(positions_N, x_ND, iteration)
         written = self.global_kv(positions_N, x_ND)
@@ -153,7 +158,7 @@ class YocoUModel(nn.Module):
             return self.norm(self.cross_decoder(positions_N, x_ND, written))
         rows_M = step.rows_M
         # The rows left out stay zero: nobody reads them (rows/selection.py).
-        out_ND = torch.zeros_like(x_ND)
+        out_ND = torch.zeros_like(x_ND, dtype=self.dtype)
         if len(rows_M):
             with without_piecewise_graphs(), self.adapters.in_force() if self.adapters else nullcontext():
                 out_ND[rows_M] = self.norm(self.cross_decoder(positions_N[rows_M], x_ND[rows_M], written))
@@ -202,7 +207,7 @@ class YocoUForCausalLM(nn.Module, SupportsLoRA):
         )
         if self.config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
-        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        self.logits_processor = LogitsProcessor(self.config.vocab_size, scale=self.config.logit_scale)
 
     @property
     def lora_manager(self) -> LoRAModelManager | None:

@@ -1,0 +1,35 @@
+"""Routed experts whose SwiGLU is clamped are computed by kernels that clamp, or the model is refused.
+
+Most of vLLM's kernels for experts ignore the limit in silence.
+"""
+
+from vllm.model_executor.layers.fused_moe import MoERunner, UnquantizedFusedMoEMethod
+from vllm.platforms import current_platform
+
+# vLLM's classes of experts that clamp whatever the weights are stored in, and those that clamp unquantized ones.
+CLAMPING = ("TritonExperts", "BatchedTritonExperts", "TritonWNA16Experts", "MarlinExperts")
+CLAMPING_UNQUANTIZED = (*CLAMPING, "FlashInferExperts")
+
+
+def check_clamp(runner: MoERunner) -> None:
+    """Have the experts honour their `swiglu_limit`; called before their weights are loaded.
+
+    Not a subclass of vLLM's experts: quantization configs find them by the name of their class.
+
+    Raises:
+        ValueError: vLLM has chosen a kernel that ignores it.
+    """
+    method, limit = runner.routed_experts.quant_method, runner.moe_config.swiglu_limit
+    unquantized = type(method) is UnquantizedFusedMoEMethod
+    if unquantized and current_platform.is_cpu():
+        from vllm_yocou.serving.looped_experts import LoopedMethod  # not before: what it extends is a CPU's
+
+        runner._replace_quant_method(LoopedMethod(runner.moe_config))
+        return
+    experts = getattr(getattr(method, "experts_cls", None), "__name__", type(method).__name__)
+    if experts not in (CLAMPING_UNQUANTIZED if unquantized else CLAMPING):
+        remedy = "use --moe-backend triton" if unquantized else "use a checkpoint whose experts are not quantized"
+        raise ValueError(
+            f"swiglu_limit {limit} cannot be used with vLLM's {experts}: they do not clamp what routed experts "
+            f"compute, {remedy}."
+        )
