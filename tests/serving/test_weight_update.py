@@ -227,6 +227,8 @@ KINDS = {
     "moe-without-shared": dict(config=tiny.moe_config(shared_expert_intermediate_size=None)),
     "random-start": dict(config=tiny.config(), load_format="dummy"),
     "with-adapters": dict(config=tiny.config(qk_norm="all"), enable_lora=True, max_lora_rank=8),
+    "moe-v3-latent": dict(config=tiny.AUTHORS["moe-v3-latent"]),
+    "attention-bias": dict(config=tiny.AUTHORS["attention-bias"]),
 }
 
 
