@@ -217,6 +217,9 @@ def test_a_training_step_reaches_every_parameter(name, dtype):
 def test_new_models_start_with_norms_of_one_and_biases_of_zero(name):
     torch.manual_seed(0)
     model = YocoUForCausalLM(tiny.AUTHORS[name])
+    for parameter in model.parameters():
+        parameter.fill_(7)
+    model.apply(model._init_weights)  # what from_pretrained does with a weight that no file has
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert not parameter.any(), name

@@ -66,12 +66,8 @@ class MoE(nn.Module):
 
     def __init__(self, config: YocoUConfig):
         super().__init__()
-        D, E, k, width = (
-            config.hidden_size,
-            config.num_experts,
-            config.num_experts_per_tok,
-            config.moe_intermediate_size,
-        )
+        D, E, width = config.hidden_size, config.num_experts, config.moe_intermediate_size
+        k = config.num_experts_per_tok
         assert E and k and width, "only a config with is_moe has experts"
         self.top_k = k
         self.renormalise = config.norm_topk_prob
