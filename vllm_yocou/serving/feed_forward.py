@@ -21,17 +21,21 @@ from vllm_yocou.serving.clamped_experts import check_clamp
 
 
 class SwiGLU(LlamaMLP):
+    """vLLM's feed-forward of a dense layer, clamped where there is a limit."""
+
     def __init__(self, *args: Any, swiglu_limit: float | None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if swiglu_limit is not None:
-            self.act_fn = SiluAndMulWithClamp(swiglu_limit)  # type: ignore[assignment]  # vLLM declares none
+            self.act_fn = SiluAndMulWithClamp(swiglu_limit)  # type: ignore[assignment]  # of vLLM's one kind
 
 
 class SharedExpert(Qwen2MoeMLP):
+    """vLLM's shared expert, clamped where there is a limit."""
+
     def __init__(self, *args: Any, swiglu_limit: float | None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if swiglu_limit is not None:
-            self.act_fn = SiluAndMulWithClamp(swiglu_limit)  # type: ignore[assignment]  # vLLM declares none
+            self.act_fn = SiluAndMulWithClamp(swiglu_limit)  # type: ignore[assignment]  # of vLLM's one kind
 
 
 class Transform(nn.Module):
