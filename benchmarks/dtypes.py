@@ -1,12 +1,13 @@
-"""bfloat16 beside float32 on this processor: prompts and decode steps of one model, interleaved."""
+"""bfloat16, also with a float32 residual, beside float32 on this processor: prompts and decode steps, interleaved."""
 
 from benchmarks.engine import config, decoding, prompt_s, start, step_s
 
+from contextlib import ExitStack
 from typing import Any
 
 from benchmarks.console import progress, publish
 from benchmarks.results import Result
-from benchmarks.tables.speed import DTYPES
+from benchmarks.tables.speed import DTYPES, WIDE
 
 SHAPE = "57M"
 TOKENS = 2048
@@ -20,7 +21,10 @@ def measure(**settings: Any) -> Result:
     result = Result.here("dtypes", shape=SHAPE, tokens=TOKENS, context=CONTEXT, rounds=ROUNDS, steps=ROUNDS * STEPS)
     common: dict[str, Any] = dict(max_model_len=2 * TOKENS, max_num_seqs=max(BATCHES), enforce_eager=True)
     common |= dict(kv_cache_memory_bytes=512 << 20)
-    engines = {dtype: start(config(SHAPE), dtype=dtype, **common | settings) for dtype in DTYPES}
+    engines = {
+        name: start(config(SHAPE, residual_in_fp32=name == WIDE), dtype=name.partition(",")[0], **common | settings)
+        for name in DTYPES
+    }
     for llm in engines.values():
         prompt_s(llm, TOKENS)
     prompts: dict[str, list[float]] = {dtype: [] for dtype in engines}
@@ -33,7 +37,9 @@ def measure(**settings: Any) -> Result:
     for batch in BATCHES:
         progress(f"decode, {batch} requests")
         steps: dict[str, list[float]] = {dtype: [] for dtype in engines}
-        with decoding(engines[DTYPES[0]], batch, CONTEXT), decoding(engines[DTYPES[1]], batch, CONTEXT):
+        with ExitStack() as stack:
+            for llm in engines.values():
+                stack.enter_context(decoding(llm, batch, CONTEXT))
             for _ in range(ROUNDS):
                 for dtype, llm in engines.items():
                     steps[dtype] += [step_s(llm) for _ in range(STEPS)]

@@ -20,91 +20,110 @@ from vllm.plugins import load_general_plugins
 from vllm_yocou.architecture import REQUIRED, SWITCHES, TOKEN_IDS, Architecture
 from vllm_yocou.checkpoints.format import expected_shapes
 from vllm_yocou.config import YocoUConfig
-from vllm_yocou.config_keys import FOREIGN_SWITCHES, KEYS
+from vllm_yocou.config_keys import CONVERTED_SWITCHES, FOREIGN_SWITCHES, KEYS
 
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
-IMPOSSIBLE = [
-    (dict(num_iterations=0), "num_iterations is 0: it must be a whole number of at least 1"),
-    (dict(num_iterations=2.5), "num_iterations is 2.5: it must be a whole number"),
-    (dict(num_iterations="3"), "num_iterations is '3': it must be a whole number"),
-    (dict(num_iterations=True), "num_iterations is True: it must be a whole number"),
-    (dict(num_iterations=10**6), "num_iterations is 1000000: no model has so many, it must be at most 4096"),
-    (dict(vocab_size=2**31), "vocab_size is 2147483648: no model has so many, it must be at most 2147483647"),
-    (dict(sliding_window=0), "sliding_window is 0: it must be a whole number of at least 1"),
-    (dict(sliding_window=None), "sliding_window is None: it must be a whole number of at least 1"),
-    (dict(vocab_size=-5), "vocab_size is -5"),
-    (dict(num_self_decoder_layers=0), "num_self_decoder_layers is 0"),
-    (dict(num_self_decoder_layers=4), "num_self_decoder_layers is 4 of num_hidden_layers 4: choose it between 1 and 3"),
-    (dict(num_key_value_heads=3), "num_attention_heads 4 is not divisible by num_key_value_heads 3"),
-    (dict(cross_num_key_value_heads=3), "cross_num_attention_heads 4 is not divisible by cross_num_key_value_heads 3"),
-    (dict(head_dim=33), "head_dim is 33: RoPE rotates pairs, choose an even size"),
-    (dict(cross_head_dim=33, cross_decoder_rope=True), "cross_head_dim is 33: RoPE rotates pairs"),
-    (dict(qk_norm="q"), "qk_norm is 'q': choose one of none, self, all"),
-    (dict(hidden_act="gelu"), "hidden_act is 'gelu': .* set 'silu'"),
-    (dict(rms_norm_eps=0), "rms_norm_eps is 0: it must be a positive number"),
-    (dict(embedding_multiplier=float("inf")), "embedding_multiplier is inf"),
-    (dict(embedding_multiplier=10**400), "embedding_multiplier is 1000.*: it must be a positive number of at most"),
-    (dict(initializer_range="small"), "initializer_range is 'small': it must be a number between 0 and"),
-    (dict(shared_expert_gate=1), "shared_expert_gate is 1: set true or false, or leave it out"),
-    (dict(use_cache="no"), "use_cache is 'no': it must be true or false"),
-    (dict(rope_interleaved="yes"), "rope_interleaved is 'yes': it must be true or false"),
-    (dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_type is 'yarn': YOCO-U knows"),
-    (dict(rope_parameters={"factor": 4.0}), "rope_parameters has 'factor'"),
-    (dict(rope_parameters=["linear"]), "rope_parameters is \\['linear'\\]: give a mapping"),
-    (dict(rope_parameters={"rope_type": ["linear"]}), "rope_type is \\['linear'\\]: YOCO-U knows"),
-    (dict(rope_parameters={"rope_type": "linear"}), "rope_parameters has factor None: RoPE of type linear needs"),
-    (dict(rope_parameters={"rope_type": "linear", "factor": 0.5}), "rope_parameters has factor 0.5"),
-    (dict(rope_parameters=tiny.LLAMA3_ROPE | {"low_freq_factor": 4}), "low_freq_factor is 4 and high_freq_factor 4.0"),
-    (dict(rope_theta=-1.0), "rope_theta is -1.0: it must be a number between 1 and 1e\\+30"),
-    (dict(differential_attention="v1"), "differential_attention is 'v1': choose one of none, v2, v3"),
-    (dict(differential_attention=None), "differential_attention is None: choose one of none, v2, v3"),
-    (dict(headwise_glu=1), "headwise_glu is 1: it must be true or false"),
-    (dict(attention_bias="q"), "attention_bias is 'q': it must be true or false"),
-    (dict(qk_norm="all", qk_clip_limit=0), "qk_clip_limit is 0: it must be a positive number"),
-    (dict(swiglu_limit=-1.0), "swiglu_limit is -1.0: it must be a positive number"),
-    (dict(first_k_dense_replace=-1), "first_k_dense_replace is -1: it must be a whole number of at least 0"),
-    (EXPERTS | dict(first_k_dense_replace=None), "first_k_dense_replace is None: it must be a whole number"),
-    (EXPERTS | dict(router_in_fp32="yes"), "router_in_fp32 is 'yes': it must be true or false"),
-    (EXPERTS | dict(moe_latent_size=0), "moe_latent_size is 0: it must be a whole number of at least 1"),
-    (EXPERTS | dict(moe_latent_size=8, moe_latent_norm=None), "moe_latent_norm is None: it must be true or false"),
-    (dict(residual_in_fp32="float32"), "residual_in_fp32 is 'float32': it must be true or false"),
-    (dict(logit_scale=0), "logit_scale is 0: it must be a positive number"),
-    (
-        dict(headwise_glu=True, differential_attention="v2"),
-        "headwise_glu is true with differential_attention 'v2', whose gates take its place: choose one",
-    ),
-    (dict(qk_clip_limit=3.0), "qk_clip_limit is 3.0 with qk_norm 'none': .* set qk_norm to 'self' or 'all'"),
-    (EXPERTS | dict(first_k_dense_replace=4), "first_k_dense_replace is 4 of num_hidden_layers 4: .* choose fewer"),
-    (dict(first_k_dense_replace=1), "first_k_dense_replace is 1 without num_experts, .*: a dense model has no experts"),
-    (dict(router_in_fp32=True), "router_in_fp32 is True without num_experts, .* remove it or give all of them"),
-    (dict(moe_latent_size=8), "moe_latent_size is 8 without num_experts, .* remove it or give all of them"),
-    (EXPERTS | dict(moe_latent_norm=True), "moe_latent_norm is true without moe_latent_size: .* remove it"),
-    (dict(num_experts=8), "num_experts given without num_experts_per_tok, moe_intermediate_size"),
-    (
-        dict(num_experts=4, num_experts_per_tok=5, moe_intermediate_size=8),
-        "num_experts_per_tok is 5 of num_experts 4",
-    ),
-    (dict(shared_expert_intermediate_size=8), "shared_expert_intermediate_size is 8 without num_experts"),
-    (dict(shared_expert_gate=True), "shared_expert_gate is True without shared_expert_intermediate_size"),
-    (
-        dict(layer_types=["full_attention"] * 4),
-        "config key 'layer_types' is .* it follows from the other keys, remove it",
-    ),
-    (dict(num_cross_decoder_layers=2), "config key 'num_cross_decoder_layers' is 2"),
-    (dict(rope_parameters="default"), "rope_parameters is 'default': give a mapping"),
-    (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_type is 'yarn'"),
-    (dict(pad_token_id=211), "pad_token_id is 211: a token id must be between 0 and 210"),
-    (dict(pad_token_id=[0]), "pad_token_id is .*: a token id must be between 0 and 210"),
-    (dict(eos_token_id=[]), "eos_token_id is .*: a token id must be between 0 and 210"),
-    (dict(eos_token_id=True), "eos_token_id is True: a token id must be between 0 and 210"),
-    (dict(eos_token_id=[0, -1]), "eos_token_id is .*: a token id must be between 0 and 210"),
-    (dict(d_model=64), "config key 'd_model' is 64: it belongs to another YOCO schema"),
-    (dict(universal_loop=3), "config key 'universal_loop' is 3: it belongs to another YOCO schema, convert"),
-    (dict(n_self_heads=3), "config key 'n_self_heads' is 3: .* convert the checkpoint"),
-] + [
-    (dict([(switch, True)]), f"config key '{switch}' is True: .* use a checkpoint trained without it")
-    for switch in FOREIGN_SWITCHES
-]
+IMPOSSIBLE = (
+    [
+        (dict(num_iterations=0), "num_iterations is 0: it must be a whole number of at least 1"),
+        (dict(num_iterations=2.5), "num_iterations is 2.5: it must be a whole number"),
+        (dict(num_iterations="3"), "num_iterations is '3': it must be a whole number"),
+        (dict(num_iterations=True), "num_iterations is True: it must be a whole number"),
+        (dict(num_iterations=10**6), "num_iterations is 1000000: no model has so many, it must be at most 4096"),
+        (dict(vocab_size=2**31), "vocab_size is 2147483648: no model has so many, it must be at most 2147483647"),
+        (dict(sliding_window=0), "sliding_window is 0: it must be a whole number of at least 1"),
+        (dict(sliding_window=None), "sliding_window is None: it must be a whole number of at least 1"),
+        (dict(vocab_size=-5), "vocab_size is -5"),
+        (dict(num_self_decoder_layers=0), "num_self_decoder_layers is 0"),
+        (
+            dict(num_self_decoder_layers=4),
+            "num_self_decoder_layers is 4 of num_hidden_layers 4: choose it between 1 and 3",
+        ),
+        (dict(num_key_value_heads=3), "num_attention_heads 4 is not divisible by num_key_value_heads 3"),
+        (
+            dict(cross_num_key_value_heads=3),
+            "cross_num_attention_heads 4 is not divisible by cross_num_key_value_heads 3",
+        ),
+        (dict(head_dim=33), "head_dim is 33: RoPE rotates pairs, choose an even size"),
+        (dict(cross_head_dim=33, cross_decoder_rope=True), "cross_head_dim is 33: RoPE rotates pairs"),
+        (dict(qk_norm="q"), "qk_norm is 'q': choose one of none, self, all"),
+        (dict(hidden_act="gelu"), "hidden_act is 'gelu': .* set 'silu'"),
+        (dict(rms_norm_eps=0), "rms_norm_eps is 0: it must be a positive number"),
+        (dict(embedding_multiplier=float("inf")), "embedding_multiplier is inf"),
+        (dict(embedding_multiplier=10**400), "embedding_multiplier is 1000.*: it must be a positive number of at most"),
+        (dict(initializer_range="small"), "initializer_range is 'small': it must be a number between 0 and"),
+        (dict(shared_expert_gate=1), "shared_expert_gate is 1: set true or false, or leave it out"),
+        (dict(use_cache="no"), "use_cache is 'no': it must be true or false"),
+        (dict(rope_interleaved="yes"), "rope_interleaved is 'yes': it must be true or false"),
+        (dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_type is 'yarn': YOCO-U knows"),
+        (dict(rope_parameters={"factor": 4.0}), "rope_parameters has 'factor'"),
+        (dict(rope_parameters=["linear"]), "rope_parameters is \\['linear'\\]: give a mapping"),
+        (dict(rope_parameters={"rope_type": ["linear"]}), "rope_type is \\['linear'\\]: YOCO-U knows"),
+        (dict(rope_parameters={"rope_type": "linear"}), "rope_parameters has factor None: RoPE of type linear needs"),
+        (dict(rope_parameters={"rope_type": "linear", "factor": 0.5}), "rope_parameters has factor 0.5"),
+        (
+            dict(rope_parameters=tiny.LLAMA3_ROPE | {"low_freq_factor": 4}),
+            "low_freq_factor is 4 and high_freq_factor 4.0",
+        ),
+        (dict(rope_theta=-1.0), "rope_theta is -1.0: it must be a number between 1 and 1e\\+30"),
+        (dict(differential_attention="v1"), "differential_attention is 'v1': choose one of none, v2, v3"),
+        (dict(differential_attention=None), "differential_attention is None: choose one of none, v2, v3"),
+        (dict(headwise_glu=1), "headwise_glu is 1: it must be true or false"),
+        (dict(attention_bias="q"), "attention_bias is 'q': it must be true or false"),
+        (dict(qk_norm="all", qk_clip_limit=0), "qk_clip_limit is 0: it must be a positive number"),
+        (dict(swiglu_limit=-1.0), "swiglu_limit is -1.0: it must be a positive number"),
+        (dict(first_k_dense_replace=-1), "first_k_dense_replace is -1: it must be a whole number of at least 0"),
+        (EXPERTS | dict(first_k_dense_replace=None), "first_k_dense_replace is None: it must be a whole number"),
+        (EXPERTS | dict(router_in_fp32="yes"), "router_in_fp32 is 'yes': it must be true or false"),
+        (EXPERTS | dict(moe_latent_size=0), "moe_latent_size is 0: it must be a whole number of at least 1"),
+        (EXPERTS | dict(moe_latent_size=8, moe_latent_norm=None), "moe_latent_norm is None: it must be true or false"),
+        (dict(residual_in_fp32="float32"), "residual_in_fp32 is 'float32': it must be true or false"),
+        (dict(logit_scale=0), "logit_scale is 0: it must be a positive number"),
+        (
+            dict(headwise_glu=True, differential_attention="v2"),
+            "headwise_glu is true with differential_attention 'v2', whose gates take its place: choose one",
+        ),
+        (dict(qk_clip_limit=3.0), "qk_clip_limit is 3.0 with qk_norm 'none': .* set qk_norm to 'self' or 'all'"),
+        (EXPERTS | dict(first_k_dense_replace=4), "first_k_dense_replace is 4 of num_hidden_layers 4: .* choose fewer"),
+        (
+            dict(first_k_dense_replace=1),
+            "first_k_dense_replace is 1 without num_experts, .*: a dense model has no experts",
+        ),
+        (dict(router_in_fp32=True), "router_in_fp32 is True without num_experts, .* remove it or give all of them"),
+        (dict(moe_latent_size=8), "moe_latent_size is 8 without num_experts, .* remove it or give all of them"),
+        (EXPERTS | dict(moe_latent_norm=True), "moe_latent_norm is true without moe_latent_size: .* remove it"),
+        (dict(num_experts=8), "num_experts given without num_experts_per_tok, moe_intermediate_size"),
+        (
+            dict(num_experts=4, num_experts_per_tok=5, moe_intermediate_size=8),
+            "num_experts_per_tok is 5 of num_experts 4",
+        ),
+        (dict(shared_expert_intermediate_size=8), "shared_expert_intermediate_size is 8 without num_experts"),
+        (dict(shared_expert_gate=True), "shared_expert_gate is True without shared_expert_intermediate_size"),
+        (
+            dict(layer_types=["full_attention"] * 4),
+            "config key 'layer_types' is .* it follows from the other keys, remove it",
+        ),
+        (dict(num_cross_decoder_layers=2), "config key 'num_cross_decoder_layers' is 2"),
+        (dict(rope_parameters="default"), "rope_parameters is 'default': give a mapping"),
+        (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_type is 'yarn'"),
+        (dict(pad_token_id=211), "pad_token_id is 211: a token id must be between 0 and 210"),
+        (dict(pad_token_id=[0]), "pad_token_id is .*: a token id must be between 0 and 210"),
+        (dict(eos_token_id=[]), "eos_token_id is .*: a token id must be between 0 and 210"),
+        (dict(eos_token_id=True), "eos_token_id is True: a token id must be between 0 and 210"),
+        (dict(eos_token_id=[0, -1]), "eos_token_id is .*: a token id must be between 0 and 210"),
+        (dict(d_model=64), "config key 'd_model' is 64: it belongs to another YOCO schema"),
+        (dict(universal_loop=3), "config key 'universal_loop' is 3: it belongs to another YOCO schema, convert"),
+        (dict(n_self_heads=3), "config key 'n_self_heads' is 3: .* convert the checkpoint"),
+    ]
+    + [
+        (dict([(switch, True)]), f"config key '{switch}' is True: .* use a checkpoint trained without it")
+        for switch in FOREIGN_SWITCHES
+    ]
+    + [
+        (dict([(switch, True)]), f"config key '{switch}' is True: .* convert the checkpoint")
+        for switch in CONVERTED_SWITCHES
+    ]
+)
 NAMES = [" ".join(f"{key}={value}" for key, value in overrides.items()) for overrides, _ in IMPOSSIBLE]
 
 

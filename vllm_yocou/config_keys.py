@@ -138,8 +138,10 @@ DERIVED_KEYS = (
 )
 # Keys that only the two foreign schemas have: a file with one of them was never converted.
 FOREIGN_SCHEMA_KEYS = ("universal_loop", "yoco_cross_layers", "yoco_window_size", "n_self_heads", "n_layers", "d_model")
-# Switches of other schemas that change the computation; a converted checkpoint has keys of ours in their place.
-FOREIGN_SWITCHES = ("diff_attention", "diff_v2", "diff_v3", "gated_attention", "qk_rms_clip", "mlp_bias")
+# Switches of theirs, in whose place a converted checkpoint has keys of ours.
+CONVERTED_SWITCHES = ("diff_attention", "diff_v2", "diff_v3", "qk_rms_clip")
+# Switches of other schemas that change the computation, and that nothing here computes.
+FOREIGN_SWITCHES = ("gated_attention", "mlp_bias")
 
 
 def check_keys(config: object, keys: Iterable[str] = KEYS) -> None:
@@ -155,12 +157,13 @@ def refuse_foreign(given: dict[str, Any]) -> None:
     for key in DERIVED_KEYS:
         if key in given:
             raise ValueError(f"config key '{key}' is {given[key]!r}: it follows from the other keys, remove it.")
-    for key in FOREIGN_SCHEMA_KEYS:
-        if key in given:
-            raise ValueError(
-                f"config key '{key}' is {given[key]!r}: it belongs to another YOCO schema, "
-                "convert the checkpoint to model_type 'yoco_u' first."
-            )
+    of_schema = [key for key in FOREIGN_SCHEMA_KEYS if key in given]
+    of_schema += [key for key in CONVERTED_SWITCHES if given.get(key)]
+    for key in of_schema:
+        raise ValueError(
+            f"config key '{key}' is {given[key]!r}: it belongs to another YOCO schema, "
+            "convert the checkpoint to model_type 'yoco_u' first."
+        )
     for key in FOREIGN_SWITCHES:
         if given.get(key):
             raise ValueError(

@@ -33,19 +33,21 @@ def prefill_note(result: Result) -> str:
     )
 
 
-DTYPES = ("float32", "bfloat16")
+WIDE = "bfloat16, float32 residual"
+DTYPES = ("float32", "bfloat16", WIDE)
 
 
 def dtypes_rows(result: Result) -> Rows:
-    """A row for prompts and for each batch of decodes; a ratio of more than one is for bfloat16."""
+    """A row for prompts and for each batch of decodes; a ratio of more than one is for the second."""
     wanted = {"prompt": ("first token", dict[str, int]())}
     wanted |= {f"decode step, {batch} requests": ("decode step", dict(batch=batch)) for batch in result.keys("batch")}
     rows = []
     for what, (name, of) in wanted.items():
-        single_s, half_s = (result.median(name, dtype=dtype, **of) for dtype in DTYPES)
-        cells = [cell(None if value is None else value * 1e3, ",.1f", " ms") for value in (single_s, half_s)]
-        rows.append([what, *cells, cell(over(single_s, half_s), ".2f", "x")])
-    return ["", *DTYPES, "float32 / bfloat16"], rows
+        single_s, half_s, wide_s = (result.median(name, dtype=dtype, **of) for dtype in DTYPES)
+        cells = [cell(None if value is None else value * 1e3, ",.1f", " ms") for value in (single_s, half_s, wide_s)]
+        ratios = [cell(over(single_s, half_s), ".2f", "x"), cell(over(half_s, wide_s), ".2f", "x")]
+        rows.append([what, *cells, *ratios])
+    return ["", *DTYPES, "float32 / bfloat16", "bfloat16 / with a float32 residual"], rows
 
 
 def dtypes_note(result: Result) -> str:

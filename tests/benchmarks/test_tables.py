@@ -116,12 +116,12 @@ def test_dtypes(starts_vllm, nightly, monkeypatch):
 
 def test_a_dtype_is_faster_by_its_medians():
     result = Result("dtypes", "")
-    for dtype, seconds in (("float32", 0.2), ("bfloat16", 0.1)):
+    for dtype, seconds in (("float32", 0.2), ("bfloat16", 0.1), ("bfloat16, float32 residual", 0.125)):
         result.add("first token", "s", [9.0, seconds, 0.0], dtype=dtype)
         result.add("decode step", "s", [seconds / 10], dtype=dtype, batch=8)
     assert shown(result) == [
-        ["prompt", "200.0 ms", "100.0 ms", "2.00x"],
-        ["decode step, 8 requests", "20.0 ms", "10.0 ms", "2.00x"],
+        ["prompt", "200.0 ms", "100.0 ms", "125.0 ms", "2.00x", "0.80x"],
+        ["decode step, 8 requests", "20.0 ms", "10.0 ms", "12.5 ms", "2.00x", "0.80x"],
     ]
 
 

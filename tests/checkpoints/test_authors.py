@@ -103,6 +103,12 @@ GATE_UP = "model.layers.0.mlp.shared_experts.gate_up_proj.weight"
 BIAS = "model.layers.0.self_attn.q_proj.bias"
 
 
+def test_what_predicts_further_tokens_is_left_out_with_its_biases(tmp_path):
+    bias = "mtp_block.self_attn.q_proj.bias"
+    save_changed(tmp_path, tensors={bias: torch.ones(2)})
+    assert planned(tmp_path, tmp_path / "converted").left_out[bias] == "predicts further tokens in training"
+
+
 @pytest.mark.parametrize(
     "changes, complaint",
     [
@@ -117,6 +123,10 @@ BIAS = "model.layers.0.self_attn.q_proj.bias"
         (dict(tensors={"model.rotary_emb.inv_freq": torch.ones(8)}), "unexpected: model.rotary_emb.inv_freq"),
         (dict(tensors={"model.norm.weight": torch.ones(2)}), "misshapen: model.norm.weight is [2] instead of [48]"),
         (dict(tensors={"model.norm.weight": torch.ones(48, dtype=torch.int8)}), "model.norm.weight is of torch.int8"),
+        (
+            dict(tensors={"model.norm.weight": torch.ones(48).to(torch.float8_e4m3fn)}),
+            "model.norm.weight is of torch.float8_e4m3fn",
+        ),
         (
             dict(tensors={"model.layers.4.self_attn.k_proj.weight": torch.ones(2, 2)}),
             "unexpected: model.layers.4.self_attn.k_proj.weight",

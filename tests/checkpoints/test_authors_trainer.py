@@ -56,6 +56,7 @@ def test_what_only_training_uses_is_left_out_by_name(tmp_path):
         "layers.0.mlp.moe_loss.tokens": torch.ones(4, dtype=torch.int64),
         "mtp_block.proj.weight": torch.ones(2, 2),
         "mtp_norm.weight": torch.ones(2),
+        "mtp_block.self_attn.q_proj.bias": torch.ones(2),
     }
     save_changed_state(tmp_path, tensors=counters, keys=dict(mtp_n=1))
     plan = planned(tmp_path, tmp_path / "converted")

@@ -344,12 +344,15 @@ def test_casting_a_model_leaves_float32_routers_as_they_are(cast):
 
 
 @torch.no_grad()
-def test_a_float32_router_multiplies_in_float32():
-    model = tiny.model(tiny.AUTHORS["router-float32"]).bfloat16()
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+def test_a_float32_router_multiplies_in_float32(autocast):
+    model = tiny.model(tiny.AUTHORS["router-float32"])
     name = "model.self_decoder.layers.0.post_attention_layernorm"
-    seen = outputs_of(model, ids(9), (name, "self_decoder.layers.0.mlp.gate"))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model = model if autocast else model.bfloat16()
+        seen = outputs_of(model, ids(9), (name, "self_decoder.layers.0.mlp.gate"))
     h, scores = seen.values()
-    assert (h.dtype, scores.dtype) == (torch.bfloat16, torch.float32)
+    assert scores.dtype == torch.float32 and (autocast or h.dtype == torch.bfloat16)
     exact = h[0].double() @ routers(model)[0].double().T
     torch.testing.assert_close(scores.double(), exact, rtol=1e-5, atol=1e-6)
 

@@ -12,7 +12,7 @@ from vllm.usage.usage_lib import UsageContext
 
 from vllm_yocou.rows import v1_runner
 from vllm_yocou.serving.capacity import CHUNK_ON_CPU, CHUNK_ON_GPU
-from vllm_yocou.serving.engine_settings import NAMELESS, check_speculation, longest_chunk
+from vllm_yocou.serving.engine_settings import NAMELESS, check_speculation, choose_clamping_experts, longest_chunk
 
 REFUSED = [
     (dict(pipeline_parallel_size=2), "Pipeline parallelism is not supported for this model"),
@@ -128,6 +128,28 @@ def test_dense_layers_before_experts_are_split_too(tmp_path):
     tiny.moe_config(architectures=["YocoUForCausalLM"], **sizes).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="intermediate_size 161 is not divisible by the tensor parallel size 2"):
         configured(str(tmp_path), load_format="dummy", tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    "limit, quantized, chosen, expected",
+    [
+        (10.0, None, "auto", "triton"),
+        (10.0, None, "marlin", "marlin"),
+        (10.0, "fp8", "auto", "auto"),
+        (None, None, "auto", "auto"),
+    ],
+)
+def test_experts_that_clamp_take_triton_on_a_gpu(limit, quantized, chosen, expected, monkeypatch):
+    settings = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=tiny.moe_config(swiglu_limit=limit)),
+        kernel_config=SimpleNamespace(moe_backend=chosen),
+        quant_config=quantized,
+    )
+    choose_clamping_experts(settings)
+    assert settings.kernel_config.moe_backend == chosen  # a CPU has kernels of its own
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    choose_clamping_experts(settings)
+    assert settings.kernel_config.moe_backend == expected
 
 
 def test_what_experts_allow(tmp_path):

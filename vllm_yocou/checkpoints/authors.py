@@ -43,7 +43,7 @@ def mapping(tensors: dict[str, SourceTensor], keys: dict[str, Any], context: int
     """
     found: dict[str, Origin] = {}
     for name, tensor in tensors.items():
-        if name.endswith(".bias"):
+        if name.endswith(".bias") and authors_tensors.dropped(name) is None:
             raise ValueError(
                 f"the source has {name}: the authors' serving code leaves biases out in silence, so an exported folder "
                 "does not say whether the model was trained with them, convert the trainer's state dict with its "

@@ -58,7 +58,7 @@ def mapping(found: dict[str, Origin], reading: Reading) -> Mapping:
         if name in used or origin.tensor is None:
             continue
         reason = redundant(name, origin.tensor, config, is_head=name == "lm_head.weight")
-        if reason := reason or _dropped(origin.name):
+        if reason := reason or dropped(origin.name):
             made.left_out[origin.name] = reason
         else:
             made.unexpected.append(origin.name)
@@ -166,7 +166,7 @@ def _refuse_other_head(found: dict[str, Origin]) -> None:
         )
 
 
-def _dropped(name: str) -> str | None:
+def dropped(name: str) -> str | None:
     return next((reason for pattern, reason in DROPPED if re.search(pattern, name)), None)
 
 

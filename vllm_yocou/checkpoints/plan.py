@@ -14,6 +14,7 @@ import torch
 from vllm_yocou.checkpoints.format import expected_shapes, stays_float32
 from vllm_yocou.checkpoints.mapping import Origin, Source, refuse_misfits
 from vllm_yocou.checkpoints.tensors import SourceTensor, read_tensors
+from vllm_yocou.checkpoints.verify import CONVERTED
 from vllm_yocou.config import YocoUConfig
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -98,7 +99,7 @@ def plan(source: Source, destination: Path, dtype: str | None = None) -> Plan:
             missing.add(name)
         elif tensor.shape != shape:
             misshapen.append(f"{name} is {list(tensor.shape)} instead of {list(shape)}")
-        elif not tensor.dtype.is_floating_point:
+        elif tensor.dtype not in CONVERTED:  # eight bits would need scales
             misshapen.append(f"{name} is of {tensor.dtype}")
         else:
             stored = DTYPES[dtype] if dtype else tensor.dtype

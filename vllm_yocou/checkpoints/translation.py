@@ -7,7 +7,7 @@ computed.
 from typing import Any
 
 from vllm_yocou.config import YocoUConfig
-from vllm_yocou.config_keys import FOREIGN_SWITCHES
+from vllm_yocou.config_keys import CONVERTED_SWITCHES, FOREIGN_SWITCHES
 
 # Of transformers' own config files; they change nothing that is computed.
 METADATA = {
@@ -55,13 +55,13 @@ def context_length(said: Any, asked: int | None) -> Any:
 
 def refuse_unknown(keys: dict[str, Any], known: set[str], config: YocoUConfig) -> None:
     """Raise ValueError for keys without a place here, unless they repeat what `config` says under a name of ours."""
-    switches = [key for key in FOREIGN_SWITCHES if keys.get(key) and key not in known]
+    switches = [key for key in FOREIGN_SWITCHES + CONVERTED_SWITCHES if keys.get(key) and key not in known]
     if switches:
         raise ValueError(
             f"the source's '{switches[0]}' is {keys[switches[0]]!r}: YOCO-U as served here computes nothing of that "
             "kind, convert a checkpoint trained without it."
         )
-    known = known | METADATA | KEPT | set(FOREIGN_SWITCHES)
+    known = known | METADATA | KEPT | set(FOREIGN_SWITCHES + CONVERTED_SWITCHES)
     unknown = [key for key, value in keys.items() if key not in known and value is not None]
     unknown = [key for key in unknown if getattr(config, key, None) != keys[key]]
     if unknown:

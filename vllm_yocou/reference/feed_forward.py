@@ -48,7 +48,8 @@ class Float32Router(nn.Linear):
         return super()._apply(at_least, recurse)
 
     def forward(self, h_ND: torch.Tensor) -> torch.Tensor:
-        return super().forward(h_ND.to(self.weight.dtype))
+        with torch.autocast(h_ND.device.type, enabled=False):  # which would multiply in 16 bits
+            return super().forward(h_ND.to(self.weight.dtype))
 
 
 class MoE(nn.Module):

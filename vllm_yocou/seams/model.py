@@ -280,13 +280,6 @@ LAYERS = (
         only="cuda",
     ),
     Seam(
-        "vllm.model_executor.layers.fused_moe.experts.flashinfer_cutlass_moe:FlashInferExperts",
-        "this kernel clamps what routed experts compute",
-        "serving/test_clamped_experts.py",
-        mentions="gemm1_clamp_limit",
-        only="cuda",
-    ),
-    Seam(
         "vllm.model_executor.layers.fused_moe:UnquantizedFusedMoEMethod",
         "on a CPU another loop takes the place of its experts",
         "serving/test_clamped_experts.py",

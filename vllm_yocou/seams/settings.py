@@ -43,8 +43,9 @@ SETTINGS = (
         "serving/test_engine_settings.py",
         has=(
             "additional_config attention_config cache_config compilation_config instance_id kv_transfer_config "
-            "load_config lora_config max_concurrent_batches max_in_flight_tokens model_config num_speculative_tokens "
-            "parallel_config performance_mode quant_config scheduler_config speculative_config use_v2_model_runner"
+            "kernel_config load_config lora_config max_concurrent_batches max_in_flight_tokens model_config "
+            "num_speculative_tokens parallel_config performance_mode quant_config scheduler_config speculative_config "
+            "use_v2_model_runner"
         ),
         mentions="MODELS_CONFIG_MAP verify_and_update_config",
     ),
@@ -94,6 +95,12 @@ SETTINGS = (
         "a user's own backend is kept",
         "serving/test_backend.py",
         has="backend backend_per_kind",
+    ),
+    Seam(
+        "vllm.config:KernelConfig",
+        "experts that clamp take Triton",
+        "serving/test_engine_settings.py",
+        has="moe_backend",
     ),
     Seam("vllm.config:LoadConfig", "dummy weights need no files", "serving/test_engine_settings.py", has="load_format"),
     Seam("vllm.config:SpeculativeConfig", "draft models are refused", "serving/test_engine_settings.py", has="method"),

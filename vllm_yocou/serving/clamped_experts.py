@@ -6,9 +6,8 @@ Most of vLLM's kernels for experts ignore the limit in silence.
 from vllm.model_executor.layers.fused_moe import MoERunner, UnquantizedFusedMoEMethod
 from vllm.platforms import current_platform
 
-# vLLM's classes of experts that clamp whatever the weights are stored in, and those that clamp unquantized ones.
+# vLLM's classes of experts that clamp, by their source.
 CLAMPING = ("TritonExperts", "BatchedTritonExperts", "TritonWNA16Experts", "MarlinExperts")
-CLAMPING_UNQUANTIZED = (*CLAMPING, "FlashInferExperts")
 
 
 def check_clamp(runner: MoERunner) -> None:
@@ -27,8 +26,12 @@ def check_clamp(runner: MoERunner) -> None:
         runner._replace_quant_method(LoopedMethod(runner.moe_config))
         return
     experts = getattr(getattr(method, "experts_cls", None), "__name__", type(method).__name__)
-    if experts not in (CLAMPING_UNQUANTIZED if unquantized else CLAMPING):
-        remedy = "use --moe-backend triton" if unquantized else "use a checkpoint whose experts are not quantized"
+    if experts not in CLAMPING:
+        remedy = "use --moe-backend triton"
+        if "LoRA" in experts:
+            remedy = "leave out --enable-lora"
+        elif not unquantized:
+            remedy += " or a checkpoint whose experts are not quantized"
         raise ValueError(
             f"swiglu_limit {limit} cannot be used with vLLM's {experts}: they do not clamp what routed experts "
             f"compute, {remedy}."

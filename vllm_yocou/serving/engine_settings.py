@@ -212,6 +212,25 @@ def list_experts_by_call(vllm_config: "VllmConfig") -> None:
     vllm_config.compilation_config.fast_moe_cold_start = False
 
 
+def choose_clamping_experts(vllm_config: "VllmConfig") -> None:
+    """On a GPU let vLLM's Triton kernels compute experts that clamp: its first choice may ignore the limit.
+
+    A backend of the user's stays, and so does vLLM's choice for quantized experts; clamped_experts.py looks at both.
+    """
+    from vllm.platforms import current_platform
+
+    config = vllm_config.model_config.hf_config
+    clamps = config.is_moe and config.swiglu_limit is not None
+    kernel_config = vllm_config.kernel_config
+    if (
+        clamps
+        and current_platform.is_cuda()
+        and vllm_config.quant_config is None
+        and kernel_config.moe_backend == "auto"
+    ):
+        kernel_config.moe_backend = "triton"
+
+
 def choose_compilation(vllm_config: "VllmConfig") -> None:
     """vLLM compiles unless told not to, for which torch needs a C++ compiler on a CPU: without one, run eagerly.
 
@@ -323,7 +342,13 @@ REFUSALS = (
     check_compilation_mode,
     check_packing,
 )
-ADJUSTMENTS = (decide_gate_without_names, list_experts_by_call, choose_compilation, choose_chunk)
+ADJUSTMENTS = (
+    decide_gate_without_names,
+    list_experts_by_call,
+    choose_clamping_experts,
+    choose_compilation,
+    choose_chunk,
+)
 HOOKS = (expose_metrics, observe_requests, warn_of_seed)
 
 
