@@ -141,7 +141,10 @@ def commit() -> str:
     """The checkout's commit, or "" outside one. Results and pages are not changes, since running tables writes them."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        except OSError:  # there is no git
+            return ""
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!*.md")
     return git("rev-parse", "--short=12", "HEAD") + "-changed" * bool(changed)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from gpu import __main__ as tier
@@ -26,10 +27,11 @@ ENDLESS = "import subprocess, sys, time; print('begun', flush=True); subprocess.
     [
         ("print('first'); print('5 passed')", None, True, "5 passed"),
         ("import sys; print('out'); sys.exit('no such kernel')", None, False, "exit code 1; the end of it.err:"),
+        ("print('4 skipped in 1.00s')", parts.of_pytest, False, "exit code 0; 4 skipped"),
         ("print('1')", lambda written: Verdict(False, f"not {written.strip()}"), False, "exit code 0; not 1"),
         ("import os; os.abort()", json.loads, False, "exit code -6; it wrote nothing"),
     ],
-    ids=["right", "wrong", "read as wrong", "killed"],
+    ids=["right", "wrong", "all skipped", "read as wrong", "killed"],
 )
 def test_a_part_says_what_became_of_it(command, read, holds, text, tmp_path):
     found = run(Part("it", (*PYTHON, command), 60, {}, *([read] if read else [])), tmp_path, 60)
@@ -72,12 +74,15 @@ def test_vllm_finds_the_plugin_of_this_tree_without_an_installed_one(tmp_path, m
     tier.announce_plugin(tmp_path)
     program = (
         "from importlib.metadata import entry_points\n"
-        "print([point.load().__module__ for point in entry_points(group='vllm.general_plugins')])"
+        "from importlib.util import find_spec\n"
+        "print([point.load().__module__ for point in entry_points(group='vllm.general_plugins')])\n"
+        "print(find_spec('vllm_yocou.kernels').origin)"
     )
     # Without the packages of this environment, among which the plugin is installed.
     command = [sys.executable, "-S", "-c", program]
     found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ))
-    assert found.stdout.strip() == "['vllm_yocou.registration']", found.stderr
+    plugins, kernels = found.stdout.splitlines()
+    assert plugins == "['vllm_yocou.registration']" and Path(kernels).resolve() == ROOT / "kernels" / "__init__.py"
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 2])
@@ -122,11 +127,11 @@ def test_a_rehearsal(starts_vllm, nightly, both_cores, tmp_path):
         pytest.skip("this machine has a GPU: make gpu")
     paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     ended = subprocess.run(
-        [sys.executable, "-m", "gpu", "--results", str(tmp_path)],
+        [sys.executable, "-m", "gpu", "--all", "--results", str(tmp_path)],
         env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
         timeout=3600,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert ended.stdout.count("\nholds ") == 4 and "| 200 | YOCO-U |" in ended.stdout
+    assert ended.stdout.count("\nholds ") == 6 and "| 200 | YOCO-U |" in ended.stdout

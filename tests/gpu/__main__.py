@@ -9,6 +9,7 @@ was asked holds. Without a GPU it is a rehearsal of itself on the CPU.
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +26,10 @@ from vllm_yocou.cli import environment
 
 
 def announce_plugin(folder: Path) -> None:
-    """Let vLLM find this tree's plugin in all processes that follow, whether or not one is installed."""
+    """Let vLLM find this tree's plugin in all processes that follow, whether or not one is installed.
+
+    As an installation does, it puts kernels/ into the package.
+    """
     (points,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"].items()
     group, names = points
     metadata = folder / f"vllm_yocou-{__version__}.dist-info"
@@ -33,8 +37,20 @@ def announce_plugin(folder: Path) -> None:
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm-yocou\nVersion: {__version__}\n")
     lines = [f"[{group}]", *(f"{name} = {place}" for name, place in names.items())]
     (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    paths = [str(ROOT), str(ROOT / "tests"), str(folder), os.environ.get("PYTHONPATH", "")]
+    package = folder / "vllm_yocou"
+    package.mkdir(exist_ok=True)
+    for part in [*(ROOT / "vllm_yocou").iterdir(), ROOT / "kernels"]:
+        link = package / part.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(part)
+    paths = [str(folder), str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+
+
+def usable_gpus() -> int:
+    """How many torch may use, which a variable can make fewer than there are; CUDA stays unused in this process."""
+    command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def ask(asked: Iterable[Part], folder: Path, patience: int, limit_s: float) -> list[Outcome]:
@@ -54,17 +70,17 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     folder = (chosen.results or Path(tempfile.mkdtemp(prefix="yocou-gpu-"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    machine = environment.describe()
-    gpus = machine["platform"]["gpus"]
+    machine, gpus = environment.describe(), usable_gpus()
     announce_plugin(folder / "plugin")
     os.chdir(ROOT)
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    print(f"{', '.join(gpus) or 'No GPU: a rehearsal on the CPU'}; {versions}; logs in {folder}", flush=True)
+    found = f"{gpus} of {', '.join(machine['platform']['gpus'])}" if gpus else "No GPU: a rehearsal on the CPU"
+    print(f"{found}; {versions}; logs in {folder}", flush=True)
     began_s = time.monotonic()
     patience = 1 if gpus else parts.PATIENCE
-    outcomes = ask(parts.quick(len(gpus), folder), folder, patience, patience * parts.LIMIT_S)
+    outcomes = ask(parts.quick(gpus, folder), folder, patience, patience * parts.LIMIT_S)
     if chosen.all:
-        outcomes += ask(parts.more(len(gpus), folder), folder, patience, float("inf"))
+        outcomes += ask(parts.more(gpus, folder), folder, patience, float("inf"))
     (folder / "tier.json").write_text(
         json.dumps(dict(machine=machine, parts=[asdict(it) for it in outcomes]), indent=1)
     )

@@ -88,9 +88,9 @@ def run(part: Part, folder: Path, remaining_s: float) -> Outcome:
             end_group(process.pid)  # its workers, too, whatever became of it
             process.wait()
     seconds, written = time.monotonic() - began_s, out.read_text(errors="replace")
-    if code is None:
-        return Outcome(part.name, False, f"cut after {limit_s:.0f} s; {tail(err, out)}", seconds)
     verdict = read_verdict(part, written)
+    if code is None:
+        return Outcome(part.name, False, f"cut after {limit_s:.0f} s; {verdict.text or tail(err, out)}", seconds)
     if code == 0 and verdict.holds:
         return Outcome(part.name, True, verdict.text, seconds)
     said = verdict.text if verdict.text and not verdict.holds else tail(err, out)
@@ -100,7 +100,7 @@ def run(part: Part, folder: Path, remaining_s: float) -> Outcome:
 def read_verdict(part: Part, written: str) -> Verdict:
     try:
         return part.read(written)
-    except (ValueError, LookupError, OSError):  # a command that failed wrote something else, or nothing
+    except Exception:  # a command that failed wrote something else, a part of it, or nothing
         return Verdict(False, "")
 
 

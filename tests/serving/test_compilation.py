@@ -183,10 +183,13 @@ def unrecorded(monkeypatch):
 
 
 def test_a_capture_is_told_from_a_replay(unrecorded):
-    """Three calls of a piece in every step, as T = 3 makes them, but one in the step that captures it."""
+    """Three calls of a piece in every step, as T = 3 makes them, but one in the step that captures it.
+
+    Few rows and many have pieces of their own, as where vLLM compiles several ranges of sizes.
+    """
     ours, others = VllmConfig(), VllmConfig()
     elsewhere = cuda_graph.CUDAGraphWrapper(lambda x: x, others, CUDAGraphMode.PIECEWISE)
-    piece = cuda_graph.CUDAGraphWrapper(lambda x: x, ours, CUDAGraphMode.PIECEWISE)
+    few, many = (cuda_graph.CUDAGraphWrapper(lambda x: x, ours, CUDAGraphMode.PIECEWISE) for _ in range(2))
     capture = PieceCapture(ours.compilation_config)
 
     def step(rows: int, mode: CUDAGraphMode) -> list[str]:
@@ -194,14 +197,14 @@ def test_a_capture_is_told_from_a_replay(unrecorded):
         descriptor = BatchDescriptor(num_tokens=rows)
         with set_forward_context(None, ours, cudagraph_runtime_mode=mode, batch_descriptor=descriptor):
             for _ in range(1 if capture.is_running() else 3):
-                piece(torch.zeros(rows))
+                (few if rows < 8 else many)(torch.zeros(rows))
         return list(unrecorded)
 
     assert step(4, CUDAGraphMode.NONE) == []
     assert step(4, CUDAGraphMode.FULL) == []
     assert step(4, CUDAGraphMode.PIECEWISE) == ["capture"]
     assert step(8, CUDAGraphMode.PIECEWISE) == ["capture"]
-    assert step(4, CUDAGraphMode.PIECEWISE) == ["replay"] * 3
+    assert step(4, CUDAGraphMode.PIECEWISE) == step(8, CUDAGraphMode.PIECEWISE) == ["replay"] * 3
     cuda_graph.CUDAGraphWrapper.clear_all_graphs()  # as vLLM does between its profile and the real capture
     assert step(4, CUDAGraphMode.PIECEWISE) == ["capture"]
     assert not elsewhere.concrete_cudagraph_entries

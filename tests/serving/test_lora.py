@@ -53,15 +53,16 @@ def adapted(checkpoint, folder, targets: list[str] | str, rank: int) -> YocoUFor
 
 LENGTHS = (1, 36, 37, 90, 300)
 RUNNERS = [
-    pytest.param("v1", LENGTHS, id="v1"),
+    pytest.param("v1", LENGTHS, 0, id="v1"),
+    pytest.param("v1", LENGTHS, 3, id="compiled", marks=pytest.mark.slow),
     # In Triton's interpreter, which is slow.
-    pytest.param("v2", LENGTHS[:3], id="v2", marks=pytest.mark.slow),
-    pytest.param("two-ranks", LENGTHS, id="two-ranks", marks=pytest.mark.slow),
+    pytest.param("v2", LENGTHS[:3], 0, id="v2", marks=pytest.mark.slow),
+    pytest.param("two-ranks", LENGTHS, 0, id="two-ranks", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize("engine_process, lengths", RUNNERS, indirect=["engine_process"])
-def test_several_adapters_in_a_batch_equal_merged_weights(engine_process, lengths, checkpoint, merged):
+@pytest.mark.parametrize("engine_process, lengths, mode", RUNNERS, indirect=["engine_process"])
+def test_several_adapters_in_a_batch_equal_merged_weights(engine_process, lengths, mode, checkpoint, merged):
     # Neighbours differ in adapter, in length and in whether their prompt rows run through the cross-decoder.
     requests = [
         {"prompt": tiny.prompt(length, seed), "adapter": folder, "sampling": {"prompt_logprobs": 2} if scored else {}}
@@ -69,7 +70,8 @@ def test_several_adapters_in_a_batch_equal_merged_weights(engine_process, length
         for seed, folder in enumerate(merged)
         for scored in [(length + seed) % 3 == 0]
     ]
-    (batch,) = engine_process.run(checkpoint, [requests], enable_lora=True, max_loras=3, max_lora_rank=16)
+    settings = dict(enable_lora=True, max_loras=3, max_lora_rank=16, compilation_config={"mode": mode})
+    (batch,) = engine_process.run(checkpoint, [requests], **settings)
     oracles = {folder: Oracle(model) for folder, model in merged.items()}
     for request, output in zip(requests, batch.outputs, strict=True):
         oracles[request["adapter"]].compare(request["prompt"], output)

@@ -62,8 +62,8 @@ def serving(model: Model, settings: Settings) -> Iterator["Engine"]:
 
 def engine_arguments(model: Model, settings: Settings) -> dict[str, Any]:
     """What LLM takes: a pool of KV blocks that the workload overfills, and prompts in chunks."""
-    width, ranks = element_bytes(model.config, settings.dtype), settings.tensor_parallel_size
-    block = SMALLEST_BLOCK.get(current_platform.device_type, 16)
+    device, ranks = current_platform.device_type, settings.tensor_parallel_size
+    width, block = element_bytes(model.config, settings.dtype, device), SMALLEST_BLOCK.get(device, 16)
     packing = Packing.expected(model.config, width, ranks, block)
     blocks = workload.pool_blocks(packing, model.config, model.context)
     arguments: dict[str, Any] = dict(

@@ -95,7 +95,7 @@ def checkpoint(name: str, parameters: int, dtype: str, device: str) -> Model:
     config = YocoUConfig.from_pretrained(name)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{name} is quantized, and the reference model is not: check the checkpoint it was made from.")
-    needed, available = needed_bytes(parameters, element_bytes(config, dtype)), available_bytes(device)
+    needed, available = needed_bytes(parameters, element_bytes(config, dtype, device)), available_bytes(device)
     if needed > available:
         raise ValueError(
             f"{name} needs {needed / 2**30:.1f} GiB beside its reference in float64 and {available / 2**30:.1f} GiB "
@@ -104,10 +104,11 @@ def checkpoint(name: str, parameters: int, dtype: str, device: str) -> Model:
     return Model(name, name, config)
 
 
-def element_bytes(config: YocoUConfig, dtype: str) -> int:
-    """Bytes of a weight in `dtype`; for "auto" in the one that the config names."""
+def element_bytes(config: YocoUConfig, dtype: str, device: str) -> int:
+    """Bytes of a weight in `dtype`; for "auto" in what vLLM makes of the one that the config names."""
     named = (config.dtype or torch.float32) if dtype == "auto" else dtype
-    return (getattr(torch, named) if isinstance(named, str) else named).itemsize
+    width = (getattr(torch, named) if isinstance(named, str) else named).itemsize
+    return min(width, 2) if dtype == "auto" and device != "cpu" else width
 
 
 def needed_bytes(parameters: int, width: int) -> int:

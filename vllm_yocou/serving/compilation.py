@@ -51,16 +51,22 @@ class PieceCapture:
 
     def __init__(self, compilation_config: CompilationConfig):
         self.compilation_config = compilation_config
-        self.piece: CUDAGraphWrapper | None = None
+        self.pieces: list[CUDAGraphWrapper] = []
+        self.seen = 0  # wrappers of the whole process, when `pieces` was made
 
     def is_running(self) -> bool:
-        """Asked before the first piece of a step runs; all pieces of a model are captured in the same steps."""
+        """Asked before the first piece of a step runs; all pieces that a step runs are captured in the same one.
+
+        vLLM may compile pieces of their own for a range of sizes, so a piece without a graph of this size says nothing.
+        """
         context = get_forward_context()
         if context.cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE:
             return False
-        if self.piece is None:
-            self.piece = next((piece for piece in CUDAGraphWrapper._all_instances if self.is_ours(piece)), None)
-        return self.piece is not None and context.batch_descriptor not in self.piece.concrete_cudagraph_entries
+        if self.seen != len(CUDAGraphWrapper._all_instances):
+            self.pieces = [piece for piece in CUDAGraphWrapper._all_instances if self.is_ours(piece)]
+            self.seen = len(CUDAGraphWrapper._all_instances)
+        captured = any(context.batch_descriptor in piece.concrete_cudagraph_entries for piece in self.pieces)
+        return bool(self.pieces) and not captured
 
     def is_ours(self, piece: CUDAGraphWrapper) -> bool:
         """Whether it is a piece of this engine's model, as other engines of the process have theirs."""

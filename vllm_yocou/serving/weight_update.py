@@ -89,9 +89,10 @@ class WeightUpdate:
     def _expect(self) -> None:
         """Know the tensors of a plain checkpoint by the config, which the weights of the start have completed."""
         if self.quantized:
+            load_format = self.vllm_config.load_config.load_format
             raise ValueError(
-                "new weights cannot be sent to a model that was started with --load-format dummy over a quantized "
-                "checkpoint: only a load tells its tensors, start it from the checkpoint."
+                f"new weights cannot be sent to a model that was started with --load-format {load_format} over a "
+                "quantized checkpoint: only a load by names tells its tensors, start it without the flag."
             )
         config = cast(YocoUConfig, self.vllm_config.model_config.hf_config)
         for name, shape in expected_shapes(config).items():
