@@ -41,8 +41,8 @@ def test_a_part_says_what_became_of_it(command, read, holds, text, tmp_path):
 def test_a_part_that_takes_too_long_is_cut_with_its_children(tmp_path):
     began_s = time.monotonic()
     found = run(Part("an endless one", (*PYTHON, ENDLESS), 2), tmp_path, 60)
-    assert not found.holds and found.text.startswith("cut after 2 s; the end of an-endless-one.out:")
-    assert "begun" in found.line() and time.monotonic() - began_s < 30
+    assert not found.holds and found.text == "cut after 2 s; begun"
+    assert time.monotonic() - began_s < 30
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines()
     assert "sleep 60" not in running
 
