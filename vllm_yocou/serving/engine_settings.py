@@ -16,7 +16,6 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 
 from vllm_yocou.options import Options
 from vllm_yocou.seams.check import check_all, check_packing
-from vllm_yocou.serving.capacity import CHUNK_ON_CPU, CHUNK_ON_GPU
 from vllm_yocou.workarounds import (
     refuse_engines_without_memory_node,
     refuse_expert_parallel,
@@ -292,6 +291,8 @@ def choose_chunk(vllm_config: "VllmConfig") -> None:
 def longest_chunk(sequences: int) -> int:
     """Tokens a step that are enough for the device, and of which decodes of all `sequences` leave half to prompts."""
     from vllm.platforms import current_platform
+
+    from vllm_yocou.serving.capacity import CHUNK_ON_CPU, CHUNK_ON_GPU  # what registers the plugin needs neither
 
     return max(CHUNK_ON_CPU, sequences) if current_platform.is_cpu() else max(CHUNK_ON_GPU, 2 * sequences)
 
