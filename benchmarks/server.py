@@ -18,8 +18,8 @@ START_S = 300
 
 
 def user_environment() -> dict[str, str]:
-    """The environment of a person who starts a program: without the settings for engines in this process."""
-    ours = ("OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING")
+    """The environment of a person who starts a program: without settings for engines in this process, or of `make`."""
+    ours = ("OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
     return {name: value for name, value in os.environ.items() if name not in ours}
 
 

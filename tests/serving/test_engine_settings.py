@@ -147,7 +147,7 @@ def test_experts_that_clamp_take_triton_on_a_gpu(limit, quantized, chosen, expec
     )
     choose_clamping_experts(settings)
     assert settings.kernel_config.moe_backend == chosen  # a CPU has kernels of its own
-    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cuda=lambda: True))
     choose_clamping_experts(settings)
     assert settings.kernel_config.moe_backend == expected
 
