@@ -16,7 +16,7 @@ from vllm.transformers_utils import model_arch_config_convertor
 
 from vllm_yocou import registration
 from vllm_yocou.seams import check
-from vllm_yocou.seams.model import GROUPING
+from vllm_yocou.seams.attention import GROUPING
 from vllm_yocou.seams.seam import Seam
 from vllm_yocou.seams.table import SEAMS
 

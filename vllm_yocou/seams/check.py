@@ -91,7 +91,7 @@ def check_packing(vllm_config: "VllmConfig") -> None:
     Raises:
         SeamMissing: they would be grouped in another way, and the KV cache would take more than it is said to.
     """
-    from vllm_yocou.seams.model import GROUPING
+    from vllm_yocou.seams.attention import GROUPING
 
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         return  # one group, which is said at start

@@ -3,7 +3,8 @@
 tests/seams/test_table.py compares the table with the plugin's imports, calls and overridden methods.
 """
 
-from vllm_yocou.seams.model import ATTENTION, CACHES, LAYERS, MODEL
+from vllm_yocou.seams.attention import ATTENTION, CACHES
+from vllm_yocou.seams.model import LAYERS, MODEL
 from vllm_yocou.seams.self_check import SELF_CHECK
 from vllm_yocou.seams.settings import OF_REGISTRATION, REQUESTS, SETTINGS
 
