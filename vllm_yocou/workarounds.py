@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from vllm import SamplingParams
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.config.cache import CacheDType
     from vllm.lora.punica_wrapper import PunicaWrapperBase
     from vllm.v1.attention.backend import AttentionBackend
@@ -182,8 +182,7 @@ def refuse_int8_in_float32(vllm_config: "VllmConfig", shapes: Iterable[tuple[int
     from vllm.platforms import current_platform
 
     model_config = vllm_config.model_config
-    groups = (getattr(model_config.hf_config, "quantization_config", None) or {}).get("config_groups", {}).values()
-    activations = [group.get("input_activations") or {} for group in groups]
+    activations = _activations(_stored_quantization(model_config))
     int8 = any(it.get("type") == "int" and it.get("num_bits") == 8 for it in activations)
     if not int8 or model_config.dtype != torch.float32 or not current_platform.is_cpu():
         return
@@ -211,8 +210,8 @@ def refuse_fp8_by_a_given_scale(vllm_config: "VllmConfig") -> None:
     model_config, method = vllm_config.model_config, vllm_config.model_config.quantization
     if method is None or not current_platform.is_cpu():
         return
-    stored = getattr(model_config.hf_config, "quantization_config", None) or {}
-    activations = [group.get("input_activations") or {} for group in stored.get("config_groups", {}).values()]
+    stored = _stored_quantization(model_config)
+    activations = _activations(stored)
     given = any(it.get("type") == "float" and it.get("num_bits") == 8 and not it.get("dynamic") for it in activations)
     if given or (method == "fp8" and stored and not stored.get("weight_block_size")):
         refused = "a checkpoint of FP8 with one scale for a matrix or for all activations"
@@ -224,6 +223,16 @@ def refuse_fp8_by_a_given_scale(vllm_config: "VllmConfig") -> None:
     else:
         return
     raise ValueError(f"{refused} cannot be used on a CPU: vLLM has no kernel for it there, {remedy}.")
+
+
+def _stored_quantization(model_config: "ModelConfig") -> dict[str, Any]:
+    """How the checkpoint says that it is quantized; empty for one that is not."""
+    return getattr(model_config.hf_config, "quantization_config", None) or {}
+
+
+def _activations(stored: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each group of matrices of compressed-tensors, how activations are quantized; empty where they are not."""
+    return [group.get("input_activations") or {} for group in stored.get("config_groups", {}).values()]
 
 
 def refuse_engines_without_memory_node(vllm_config: "VllmConfig") -> None:

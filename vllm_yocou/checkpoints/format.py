@@ -22,7 +22,7 @@ def expected_shapes(config: Architecture) -> dict[str, tuple[int, ...]]:
     for i in range(config.num_self_decoder_layers):
         layer = f"model.self_decoder.layers.{i}"
         shapes |= _layer_shapes(layer, config, config.has_experts(i))
-        shapes |= _query_shapes(f"{layer}.self_attn", config, config.num_attention_heads, d)
+        shapes |= _query_shapes(f"{layer}.self_attn", config, config.num_attention_heads, config.num_query_heads, d)
         shapes |= _key_value_shapes(f"{layer}.self_attn", config, K * d)
         if self_norms:
             shapes[f"{layer}.self_attn.q_norm.weight"] = shapes[f"{layer}.self_attn.k_norm.weight"] = (d,)
@@ -33,7 +33,9 @@ def expected_shapes(config: Architecture) -> dict[str, tuple[int, ...]]:
     for j in range(config.num_cross_decoder_layers):
         layer = f"model.cross_decoder.layers.{j}"
         shapes |= _layer_shapes(layer, config, config.has_experts(config.num_self_decoder_layers + j))
-        shapes |= _query_shapes(f"{layer}.cross_attn", config, config.cross_num_attention_heads, dc)
+        shapes |= _query_shapes(
+            f"{layer}.cross_attn", config, config.cross_num_attention_heads, config.cross_num_query_heads, dc
+        )
         if cross_norms:
             shapes[f"{layer}.cross_attn.q_norm.weight"] = (dc,)
     return shapes
@@ -45,7 +47,7 @@ def undecided_shapes(config: Architecture) -> dict[str, tuple[int, ...]]:
         return {}
     sides = (("self", config.num_self_decoder_layers), ("cross", config.num_cross_decoder_layers))
     layers = [f"model.{side}_decoder.layers.{i}" for side, count in sides for i in range(count)]
-    with_experts = layers[config.first_k_dense_replace :]
+    with_experts = (layer for number, layer in enumerate(layers) if config.has_experts(number))
     return {f"{layer}.mlp.shared_expert_gate.weight": (1, config.hidden_size) for layer in with_experts}
 
 
@@ -54,9 +56,9 @@ def can_be_quantized(matrix: str) -> bool:
     return not matrix.endswith((".lambda_proj", "_attn.gate_proj"))
 
 
-def _query_shapes(prefix: str, config: Architecture, heads: int, d: int) -> dict[str, tuple[int, ...]]:
-    """Of an attention whose output projection reads `heads` heads of `d`: queries, output and gates."""
-    D, queries = config.hidden_size, heads * (2 if config.is_differential else 1)
+def _query_shapes(prefix: str, config: Architecture, heads: int, queries: int, d: int) -> dict[str, tuple[int, ...]]:
+    """Of an attention with `queries` heads, of whose outputs o_proj reads `heads`, all of size `d`."""
+    D = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {f"{prefix}.q_proj.weight": (queries * d, D)}
     shapes[f"{prefix}.o_proj.weight"] = (D, heads * d)
     if config.is_differential:

@@ -159,10 +159,10 @@ class WeightUpdate:
 def parts(weights: Weights) -> Iterator[Sequence[tuple[str, torch.Tensor]]]:
     """What is checked together before any of it is loaded."""
     part: list[tuple[str, torch.Tensor]] = []
-    listed = isinstance(weights, Sequence)
+    is_one_part = isinstance(weights, Sequence)
     for name, tensor in weights:
         part.append((name, tensor))
-        if not listed and tensor.device.type != "cpu":
+        if not is_one_part and tensor.device.type != "cpu":
             yield part
             part = []
     if part:
