@@ -56,7 +56,6 @@ def settings(**changed) -> SimpleNamespace:
     parts = dict(
         additional_config={},
         model_config=SimpleNamespace(runner_type="generate", is_moe=False),
-        kv_transfer_config=None,
         parallel_config=SimpleNamespace(use_ubatching=False, data_parallel_size=2),
         speculative_config=None,
         use_v2_model_runner=False,
@@ -71,7 +70,6 @@ def settings(**changed) -> SimpleNamespace:
         (dict(additional_config={"yocou": {"skip_rows": False}}), "skip_rows is off"),
         (dict(model_config=SimpleNamespace(runner_type="pooling")), "pooling"),
         (dict(model_config=SimpleNamespace(runner_type="generate", is_moe=True)), "data-parallel ranks that share"),
-        (dict(kv_transfer_config=object()), "KV connectors"),
         (dict(parallel_config=SimpleNamespace(use_ubatching=True)), "micro-batches"),
         (dict(speculative_config=object()), "V1 runner does not say"),
         (dict(speculative_config=object(), use_v2_model_runner=True), None),

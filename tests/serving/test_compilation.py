@@ -62,7 +62,7 @@ def attentions(graphs) -> list[tuple[int, int]]:
     counts = [
         (
             sum("yocou_attend_windows" in target for target in names),
-            sum("unified_attention_with_output" in target for target in names),
+            sum("yocou_attend_global" in target for target in names),
         )
         for names in targets
     ]
@@ -225,3 +225,5 @@ def test_full_graphs_are_of_decodes_and_the_rest_is_in_pieces(given, pieces, exp
     prepare_cuda_graphs(compilation)
     assert compilation.cudagraph_mode == expected
     assert compilation.cudagraph_copy_inputs == expected.has_piecewise_cudagraphs()
+    ours = ["vllm::yocou_attend_global", "vllm::yocou_attend_windows"]
+    assert compilation.splitting_ops == (pieces and pieces + ours)

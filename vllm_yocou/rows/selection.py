@@ -118,8 +118,6 @@ def why_all_rows(vllm_config: "VllmConfig") -> str | None:
         return "pooling reads the hidden states of all rows"
     if vllm_config.model_config.is_moe and vllm_config.parallel_config.data_parallel_size > 1:
         return "data-parallel ranks that share experts exchange all rows of a step"
-    if vllm_config.kv_transfer_config is not None:
-        return "KV connectors load and save the global cache inside its attention"
     if vllm_config.parallel_config.use_ubatching:
         return "micro-batches have no request indices"
     if is_breakable_cudagraph_enabled():

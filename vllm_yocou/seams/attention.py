@@ -35,8 +35,8 @@ ATTENTION = (
     ),
     Seam(
         "vllm.v1.attention.backend:AttentionImpl.forward",
-        "our kernels take the place of an implementation's",
-        "serving/test_fused_attention.py",
+        "cross attention and our kernels call an implementation as vLLM does",
+        "serving/test_model.py",
         takes="layer query key value kv_cache attn_metadata output",
     ),
     Seam(
@@ -113,7 +113,7 @@ ATTENTION = (
     ),
     Seam(
         "vllm.model_executor.layers.attention.attention:unified_attention_with_output",
-        "window and cross attention call it",
+        "window attention calls it",
         "serving/test_model.py",
         takes="kv_cache_dummy_dep",
     ),
@@ -124,8 +124,18 @@ ATTENTION = (
     ),
     Seam(
         "vllm.model_executor.layers.attention.attention:get_attention_context",
-        "our kernels find a layer's metadata and memory by it",
-        "serving/test_fused_attention.py",
+        "cross attention and our kernels find a layer's metadata and memory by it",
+        "serving/test_model.py",
+    ),
+    Seam(
+        "vllm.model_executor.layers.attention.kv_transfer_utils:maybe_transfer_kv_layer",
+        "a KV connector loads and saves the global cache where it is written",
+        "serving/test_kv_connectors.py",
+    ),
+    Seam(
+        "vllm.compilation.breakable_cudagraph:eager_break_during_capture",
+        "what a KV connector does is not captured",
+        "serving/test_kv_connectors.py",
     ),
     Seam(
         "vllm.forward_context:ForwardContext",

@@ -9,11 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.attention.attention import unified_attention_with_output, unified_kv_cache_update
+from vllm.model_executor.layers.attention.attention import (
+    get_attention_context,
+    unified_attention_with_output,
+    unified_kv_cache_update,
+)
+from vllm.model_executor.layers.attention.kv_transfer_utils import maybe_transfer_kv_layer
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, get_kv_quant_mode
@@ -26,6 +32,7 @@ from vllm_yocou.serving.capacity import Capacity, Load
 from vllm_yocou.serving.packing import Packing
 
 WINDOW_ATTENTION = "vllm::yocou_attend_windows"
+CROSS_ATTENTION = "vllm::yocou_attend_global"
 
 logger = logging.getLogger("vllm.plugins.yocou")
 
@@ -125,8 +132,7 @@ class WindowCache(Cache):
 class GlobalCache(Cache, RowOwner):
     """The global KV cache: written once per token by the global-KV module, read by every cross-decoder layer.
 
-    Writing and reading are separate calls of vLLM's own ops. The op that writes declares no mutation, so a compiler may
-    delete or reorder it unless its result is used: `write` returns a token that every `attend` takes.
+    A KV connector loads and saves it where it is written, once a step: a step may have any number of readers, or none.
     """
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any):
@@ -163,18 +169,17 @@ class GlobalCache(Cache, RowOwner):
         """Store keys and values (N, Kc · dc); returns the empty tensor that orders the reads after it."""
         k_NKd = k_NX.view(-1, self.num_kv_heads, self.head_size)
         v_NKd = v_NX.view(-1, self.num_kv_heads, self.head_size_v)
-        return torch.ops.vllm.unified_kv_cache_update(k_NKd, v_NKd, _encode_layer_name(self.layer_name))
+        write_global(k_NKd, v_NKd, self.layer_name)
+        return k_NX.new_empty(0)
 
     def attend(self, q_MX: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
         """Causal attention of the queries of the selected rows (M, Hc · dc) over the cache, (M, Hc · dc)."""
         output_MX = torch.empty_like(q_MX)
-        torch.ops.vllm.unified_attention_with_output(
+        torch.ops.vllm.yocou_attend_global(
             self.quantized(q_MX.view(-1, self.num_heads, self.head_size)),
-            None,
-            None,
             output_MX.view(-1, self.num_heads, self.head_size_v),
+            written,
             _encode_layer_name(self.layer_name),
-            kv_cache_dummy_dep=written,
         )
         return output_MX
 
@@ -243,20 +248,35 @@ def attend_windows(
     unified_attention_with_output(q_NHd, k_NKd, v_NKd, out_NHd, name, kv_cache_dummy_dep=written)
 
 
-def attend_windows_fake(
-    q_NHd: torch.Tensor,
-    k_NKd: torch.Tensor,
-    v_NKd: torch.Tensor,
-    out_NHd: torch.Tensor,
-    iteration: torch.Tensor,
-    layer_name: LayerNameType,
+@eager_break_during_capture  # outermost: what a KV connector does must not be captured
+@maybe_transfer_kv_layer
+def write_global(k_NKd: torch.Tensor, v_NKd: torch.Tensor, layer_name: str) -> None:
+    """Wait for what a KV connector loads into the global cache, write this step's keys and values, let it save."""
+    unified_kv_cache_update(k_NKd, v_NKd, layer_name)
+
+
+@eager_break_during_capture
+def attend_global(
+    q_MHd: torch.Tensor, out_MHd: torch.Tensor, written: torch.Tensor, layer_name: LayerNameType
 ) -> None:
-    return None
+    """What vLLM's own op does around its attention, without a KV connector's hooks; `written` orders it."""
+    metadata, cache, kv_cache, _ = get_attention_context(_resolve_layer_name(layer_name))
+    cache.impl.forward(cache, q_MHd, None, None, kv_cache, metadata, output=out_MHd)
+
+
+def without_result(*args: Any) -> None:
+    """What a compiler traces in place of an op that only writes into an argument."""
 
 
 direct_register_custom_op(
     op_name=WINDOW_ATTENTION.removeprefix("vllm::"),
     op_func=attend_windows,
     mutates_args=["out_NHd"],
-    fake_impl=attend_windows_fake,
+    fake_impl=without_result,
+)
+direct_register_custom_op(
+    op_name=CROSS_ATTENTION.removeprefix("vllm::"),
+    op_func=attend_global,
+    mutates_args=["out_MHd"],
+    fake_impl=without_result,
 )

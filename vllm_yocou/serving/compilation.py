@@ -16,7 +16,7 @@ from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 
-from vllm_yocou.serving.caches import WINDOW_ATTENTION
+from vllm_yocou.serving.caches import CROSS_ATTENTION, WINDOW_ATTENTION
 from vllm_yocou.workarounds import loading_of_saved_code
 
 
@@ -37,8 +37,9 @@ def prepare_cuda_graphs(compilation_config: CompilationConfig) -> None:
     # Without pieces nothing replays a unit, and copies would be in the way of vLLM's ahead-of-time cache.
     compilation_config.cudagraph_copy_inputs = compilation_config.cudagraph_mode.has_piecewise_cudagraphs()
     # vLLM has chosen its splitting_ops by now; where it splits nowhere, nothing is captured in pieces.
-    if compilation_config.splitting_ops and WINDOW_ATTENTION not in compilation_config.splitting_ops:
-        compilation_config.splitting_ops.append(WINDOW_ATTENTION)
+    if compilation_config.splitting_ops:
+        ours = {WINDOW_ATTENTION, CROSS_ATTENTION} - set(compilation_config.splitting_ops)
+        compilation_config.splitting_ops.extend(sorted(ours))
 
 
 class PieceCapture:
