@@ -71,6 +71,26 @@ def chunk_size_note(result: Result) -> str:
     )
 
 
+def moved_kv_rows(result: Result) -> Rows:
+    kinds = result.keys("what")
+    rows = []
+    for tokens in result.keys("tokens"):
+        sizes = [result.median("moved", tokens=tokens, what=what) for what in kinds]
+        ratios = {what: over(size, sizes[0]) for what, size in zip(kinds[1:], sizes[1:], strict=True)}
+        found = [result.derived("times as many", ratio, tokens=tokens, what=what) for what, ratio in ratios.items()]
+        cells = [cell(size, ",.1f", " MiB") for size in sizes]
+        others = [f"{size} ({cell(ratio, '.1f', 'x')})" for size, ratio in zip(cells[1:], found, strict=True)]
+        rows.append([f"{tokens:,}", cells[0], *others])
+    return ["tokens", *kinds], rows
+
+
+def moved_kv_note(result: Result) -> str:
+    return (
+        f"{result.settings['shape']} shape, {result.settings['dtype']}. Blocks are counted in vLLM's pool after the "
+        "prompt: the whole global cache, and of each window cache the pages of the last window."
+    )
+
+
 TABLES = (
     Table(
         name="kv_layout",
@@ -79,6 +99,14 @@ TABLES = (
         takes="1 minute",
         rows=kv_layout_rows,
         note=kv_layout_note,
+    ),
+    Table(
+        name="moved_kv",
+        about="Bytes of a request that a KV connector moves, by its length",
+        needs="nothing",
+        takes="half a minute",
+        rows=moved_kv_rows,
+        note=moved_kv_note,
     ),
     Table(
         name="scheduling",

@@ -33,6 +33,26 @@ def prefill_note(result: Result) -> str:
     )
 
 
+def prefill_node_rows(result: Result) -> Rows:
+    ways = result.keys("way")
+    rows = []
+    for tokens in result.keys("tokens"):
+        every_s, one_s, none_s = (result.median("prefill", tokens=tokens, way=way) for way in ways)
+        ratios = {"every row / no row": over(every_s, none_s), "one row / no row": over(one_s, none_s)}
+        found = [result.derived(name, value, tokens=tokens) for name, value in ratios.items()]
+        cells = [cell(None if it is None else it * 1e3, ",.0f", " ms") for it in (every_s, one_s, none_s)]
+        rows.append([f"{tokens:,}", *cells, *(cell(ratio, ".3f", "x") for ratio in found)])
+    return ["prompt tokens", *ways, "every row / no row", "one row / no row"], rows
+
+
+def prefill_node_note(result: Result) -> str:
+    return (
+        f"{result.settings['shape']} shape, {result.settings['dtype']}, time until the caches of one prompt are whole, "
+        f"medians of {'/'.join(map(str, result.settings['rounds'].values()))} interleaved rounds. One row is what any "
+        "engine runs, none what a prefill node runs."
+    )
+
+
 WIDE = "bfloat16, float32 residual"
 DTYPES = ("float32", "bfloat16", WIDE)
 
@@ -159,6 +179,14 @@ TABLES = (
         takes="8 minutes",
         rows=prefill_rows,
         note=prefill_note,
+    ),
+    Table(
+        name="prefill_node",
+        about="Prompts on a prefill node, which runs neither cross-decoder nor head",
+        needs="two quiet cores",
+        takes="3 minutes",
+        rows=prefill_node_rows,
+        note=prefill_node_note,
     ),
     Table(
         name="dtypes",

@@ -15,9 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from vllm_yocou.rows.prefill_node import PrefillNode
+
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import VllmConfig
+
+NEVER = np.iinfo(np.int64).max
 
 
 class RequestTable:
@@ -28,11 +32,12 @@ class RequestTable:
     Attributes:
         filled: whether a hook tells it of every request.
         wants_prompt: (requests,) bool, whether the request wants log probabilities of its prompt.
-        prefill_length: (requests,) int64, tokens before the first that is sampled.
+        prefill_length: (requests,) int64, tokens before the first that is sampled for somebody.
         warms_up: (requests,) bool, whether vLLM made the request up, to warm up before the first user's.
     """
 
-    def __init__(self, capacity: int):
+    def __init__(self, capacity: int, prefill_node: PrefillNode | None = None):
+        self.prefill_node = prefill_node
         self.filled = False
         self.wants_prompt = np.zeros(capacity, dtype=bool)
         self.prefill_length = np.zeros(capacity, dtype=np.int64)
@@ -47,7 +52,8 @@ class RequestTable:
         self.wants_prompt[index] = params is not None and (
             params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
         )
-        self.prefill_length[index] = prefill_length
+        unread = self.prefill_node is not None and self.prefill_node.answers(params)
+        self.prefill_length[index] = NEVER if unread else prefill_length
         self.warms_up[index] = warms_up
 
     def move(self, source: int, target: int) -> None:
@@ -76,12 +82,14 @@ class RowSlots:
     """The two slots of one engine.
 
     Attributes:
+        prefill_node: what the engine answers if it only computes caches for others.
         requests: written by the runner's hook before a step, read when the step's rows are selected.
         map_adapters: called with the selected rows (M,) as soon as they are known; set where LoRA is on.
     """
 
-    def __init__(self, capacity: int):
-        self.requests = RequestTable(capacity)
+    def __init__(self, capacity: int, prefill_node: PrefillNode | None = None):
+        self.prefill_node = prefill_node
+        self.requests = RequestTable(capacity, prefill_node)
         self.map_adapters: Callable[[np.ndarray], None] | None = None
         self._metadata: object = None
         self._step: StepRows | None = None
@@ -103,6 +111,11 @@ class RowSlots:
                 'selected: set {"yocou": {"skip_rows": false}} in --additional-config.'
             )
         return self._step
+
+    @property
+    def none_runs(self) -> bool:
+        """Whether no row of the step runs, so that whatever is sampled in it is thrown away."""
+        return self._step is not None and not len(self._step.rows_M)
 
 
 class RowOwner:

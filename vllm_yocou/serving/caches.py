@@ -6,7 +6,7 @@ Both are vLLM `Attention` layers, so its runners bind their memory and build the
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
@@ -21,11 +21,12 @@ from vllm.model_executor.layers.attention.attention import (
 )
 from vllm.model_executor.layers.attention.kv_transfer_utils import maybe_transfer_kv_layer
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
-from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backend import AttentionBackend, AttentionLayer
 from vllm.v1.kv_cache_interface import AttentionSpec, get_kv_quant_mode
 
 from vllm_yocou.options import Options
 from vllm_yocou.rows.hand_over import RowOwner, RowSlots, StepRows
+from vllm_yocou.rows.prefill_node import PrefillNode
 from vllm_yocou.serving.backend import packed_backend, row_selecting_backend, served_backend, smallest_block
 from vllm_yocou.serving.cache_specs import GlobalCacheSpec, WindowCacheSpec
 from vllm_yocou.serving.capacity import Capacity, Load
@@ -138,7 +139,7 @@ class GlobalCache(Cache, RowOwner):
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any):
         super().__init__(vllm_config, *args, **kwargs)
         self.vllm_config = vllm_config
-        self.rows = RowSlots(vllm_config.scheduler_config.max_num_seqs)
+        self.rows = RowSlots(vllm_config.scheduler_config.max_num_seqs, PrefillNode.of(vllm_config))
 
     @staticmethod
     def backend_over(base: type[AttentionBackend], kernels: bool) -> type[AttentionBackend]:
@@ -256,12 +257,11 @@ def write_global(k_NKd: torch.Tensor, v_NKd: torch.Tensor, layer_name: str) -> N
 
 
 @eager_break_during_capture
-def attend_global(
-    q_MHd: torch.Tensor, out_MHd: torch.Tensor, written: torch.Tensor, layer_name: LayerNameType
-) -> None:
+def attend_global(q_MHd: torch.Tensor, out_MHd: torch.Tensor, written: torch.Tensor, layer_name: LayerNameType) -> None:
     """What vLLM's own op does around its attention, without a KV connector's hooks; `written` orders it."""
     metadata, cache, kv_cache, _ = get_attention_context(_resolve_layer_name(layer_name))
-    cache.impl.forward(cache, q_MHd, None, None, kv_cache, metadata, output=out_MHd)
+    # Of a cache that another call has written, vLLM's implementations take no keys and values.
+    cache.impl.forward(cast(AttentionLayer, cache), q_MHd, None, None, kv_cache, metadata, output=out_MHd)  # type: ignore[arg-type]
 
 
 def without_result(*args: Any) -> None:

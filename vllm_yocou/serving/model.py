@@ -125,6 +125,11 @@ class YocoUModel(nn.Module):
         lines.append(packing.cost(vllm_config, windows[0].sliding_window))
         if reason := why_all_rows(vllm_config):
             lines.append(f"The cross-decoder runs on every prompt row: {reason}.")
+        elif node := cache.rows.prefill_node:
+            lines.append(
+                "The engine is a prefill node (kv_role kv_producer): a request for one token without log probabilities "
+                f"runs no row of the cross-decoder, and the token is always {node.placeholder}."
+            )
         return lines
 
     def adapt(self, manager: LoRAModelManager) -> None:
@@ -240,7 +245,15 @@ class YocoUForCausalLM(nn.Module, SupportsLoRA):
         return YocoUModelState
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        return self.logits_processor(self.lm_head, hidden_states)
+        """Logits (R, V) of hidden states (R, D); zeros, without a head, where no row of the step has run."""
+        slots = self.model.global_kv.cache.rows
+        if slots.none_runs:
+            logits_RV = hidden_states.new_zeros(len(hidden_states), self.config.vocab_size)
+        else:
+            logits_RV = self.logits_processor(self.lm_head, hidden_states)
+        if slots.prefill_node is not None and logits_RV is not None:
+            slots.prefill_node.put(logits_RV, hidden_states)
+        return logits_RV
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the checkpoint of a start, whole; or later a part of one, of any size.
