@@ -3,8 +3,9 @@
     python -m harness.engine_process RUNNER
 
 A job is {"checkpoint": FOLDER, "settings": {...}, "batches": [[{"prompt": [...], "sampling": {...}, "adapter":
-FOLDER}]], "calls": [[[METHOD, {...}]]]}, with settings of vLLM's `LLM`; sampling and adapter may be left out. The calls
-of a batch go to the workers before it, null for none of any batch. Its answer is one line on standard output,
+FOLDER, "aborted_after": STEPS}]], "calls": [[[METHOD, {...}]]]}, with settings of vLLM's `LLM`; all of a request but its
+prompt may be left out. A request that is aborted has no output. The calls of a batch go to the workers before it, null
+for none of any batch. Its answer is one line on standard output,
 {"batches": [...]} or {"error": TRACEBACK}; everything that vLLM prints goes to standard error. The process ends where
 its input does, or by SIGALRM when a job takes longer than JOB_S.
 
@@ -25,7 +26,10 @@ import signal
 import sys
 import traceback
 from collections import Counter
+from contextlib import contextmanager
 from functools import cache
+from itertools import count
+from unittest.mock import patch
 
 from harness import host_reads, interpreter
 
@@ -54,7 +58,11 @@ def plain_output(output) -> dict:
 
     return {
         "completions": [
-            {"token_ids": list(completion.token_ids), "logprobs": plain(completion.logprobs)}
+            {
+                "token_ids": list(completion.token_ids),
+                "logprobs": plain(completion.logprobs),
+                "finish_reason": completion.finish_reason,
+            }
             for completion in output.outputs
         ],
         "prompt_logprobs": plain(output.prompt_logprobs),
@@ -114,6 +122,20 @@ def counted_kernels() -> Counter:
     for name in ("window_step", "global_write", "cross_attention"):
         setattr(fused, name, counted(name))
     return calls
+
+
+@contextmanager
+def aborting(llm, batch: list[dict]):
+    """Abort each request of the batch that is to be, once the engine has made so many steps."""
+    engine, first, step, made = llm.llm_engine, llm.request_counter.counter, llm.llm_engine.step, count(1)
+
+    def step_and_abort() -> list:
+        outputs, steps = step(), next(made)
+        engine.abort_request([str(first + i) for i, one in enumerate(batch) if one.get("aborted_after") == steps])
+        return outputs
+
+    with patch.object(engine, "step", step_and_abort):
+        yield
 
 
 class RunnerEngines:
@@ -180,7 +202,8 @@ class RunnerEngines:
             prompts = [{"prompt_token_ids": request["prompt"]} for request in batch]
             parameters = [SamplingParams(**GREEDY | request.get("sampling", {})) for request in batch]
             adapters = [adapter(request["adapter"]) if request.get("adapter") else None for request in batch]
-            outputs = llm.generate(prompts, parameters, use_tqdm=False, lora_request=adapters)
+            with aborting(llm, batch):
+                outputs = llm.generate(prompts, parameters, use_tqdm=False, lora_request=adapters)
             after = self.metrics(llm)
             moved = {name: after[name] - before[name] for name in after}
             plain = [plain_output(output) for output in outputs]
@@ -193,6 +216,8 @@ class RunnerEngines:
         found = llm.get_metrics()
         counted = {name: sum(entry.value for entry in found if entry.name == f"vllm:{name}") for name in METRICS}
         kernels = {name: self.kernels[name] for name in ("window_step", "global_write", "cross_attention")}
+        if connector := sys.modules.get("harness.kv_connector"):
+            counted |= connector.counts()
         return counted | kernels | {"graph_captures": self.graphs.captures, "graph_replays": self.graphs.replays}
 
 

@@ -1,14 +1,17 @@
 """CUDA's piecewise graphs as far as addresses go, on a CPU: a replay reads where the capture read and writes there.
 
 What a graph of vLLM's replays is the same computation over the same memory, whatever the call was given. Here, a replay
-is a call with the tensors of the first call, whose results overwrite those of the first call. As on CUDA, all pieces
-are captured in steps of their own, before the first request, and must not be replayed there. Streams, memory pools and
-kernels have no part in it.
+is a call with the tensors of the first call, whose results overwrite those of the first call, and no KV connector hears
+of it. As on CUDA, all pieces are captured in steps of their own, before the first request, and must not be replayed
+there. Streams, memory pools and kernels have no part in it.
 """
+
+from unittest.mock import patch
 
 import torch
 from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.forward_context import get_forward_context
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -42,7 +45,9 @@ class ReplayedGraph:
             return captured[rows][1]
         assert not ReplayedGraph.capturing, "a custom all-reduce in this piece would read pointers that are not set yet"
         args, result = captured[rows]
-        for kept, fresh in zip(tensors(result), tensors(self.runnable(*args)), strict=True):
+        with patch.object(kv_transfer_state, "_KV_CONNECTOR_AGENT", None):  # a replay runs no hook of Python's
+            replayed = self.runnable(*args)
+        for kept, fresh in zip(tensors(result), tensors(replayed), strict=True):
             kept.copy_(fresh)
         ReplayedGraph.replays += 1
         return result

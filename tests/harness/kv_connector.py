@@ -1,11 +1,12 @@
 """A KV connector that keeps pages in this process's memory, layer by layer, and ends the engine over a wrong hook.
 
 Name it to vLLM with `transfer(store)`. Engines of one process that name the same store share what is in it. It saves a
-prompt's global pages step by step as they fill, and its windows once, with the step that ends the prompt: the last W
-tokens. So a prompt is found again where a stored prompt ends, and windows beyond that are neither saved nor loaded.
+prompt's global pages step by step as they fill, and its windows once, with the step that ends the prompt: the pages of
+the last W tokens. So a prompt is found again where a stored prompt ends, and no other pages of windows are ever saved
+or loaded. Pages are copied as a whole, since only a backend knows how it lays tokens out in one.
 
 What the hooks must do, in each step that computes tokens, for each layer with a cache: wait once, then save once. Until
-a layer is waited for, what it loads is NaN in its pages; nothing with a NaN may be saved.
+a layer is waited for, the pages that it loads are NaN; none that has a NaN may be saved.
 """
 
 from collections import Counter
@@ -23,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+RUBBISH = 1e4  # what a load leaves that broke off: nobody may read it, but kernels may multiply it by zero
 COUNTS = ("saved_bytes", "loaded_bytes", "loads", "failed_loads")
 
 
@@ -31,7 +33,7 @@ class WrongHook(Exception):
 
 
 class Store:
-    """Pages by (layer, tokens of the prompt up to where the page ends, index of the page): (first token, page).
+    """Pages by (layer, tokens of the prompt up to where the page ends, index of the page).
 
     Attributes:
         saved, loaded: bytes, by the prompt of the request that saved or loaded them.
@@ -40,7 +42,7 @@ class Store:
     """
 
     def __init__(self) -> None:
-        self.pages: dict[tuple, tuple[int, torch.Tensor]] = {}
+        self.pages: dict[tuple, torch.Tensor] = {}
         self.saved: Counter[tuple[int, ...]] = Counter()
         self.loaded: Counter[tuple[int, ...]] = Counter()
         self.failures: int | None = None
@@ -96,21 +98,14 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Tokens `first` to `end` of a request, all in one page of one layer: where they are here, and in the store."""
+class Page:
+    """A page of one layer that a request loads or saves: its block here, and its key in the store."""
 
     request: str
     prompt: tuple[int, ...]
     layer: str
     block: int
-    start: int  # the page's first token
-    first: int
-    end: int
     key: tuple
-
-    @property
-    def slots(self) -> slice:
-        return slice(self.first - self.start, self.end - self.start)
 
 
 @dataclass
@@ -125,9 +120,9 @@ class Step(KVConnectorMetadata):
     """
 
     computes: bool
-    loads: list[Piece] = field(default_factory=list)
-    arriving: list[Piece] = field(default_factory=list)
-    saves: list[Piece] = field(default_factory=list)
+    loads: list[Page] = field(default_factory=list)
+    arriving: list[Page] = field(default_factory=list)
+    saves: list[Page] = field(default_factory=list)
 
 
 class MemoryConnector(KVConnectorBase_V1, SupportsHMA):
@@ -140,12 +135,13 @@ class MemoryConnector(KVConnectorBase_V1, SupportsHMA):
         self.layers = {layer.name: layer for layer in cached_layers(kv_cache_config)}
         # Of the scheduler's:
         self.requests: dict[str, Any] = {}
-        self.found: dict[str, tuple[int, int, list[int]]] = {}  # tokens here, tokens to load, the stored prompt
+        self.found: dict[str, tuple[int, int, list[int]]] = {}  # tokens here, tokens of the hit, the stored prompt
+        self.admitted: set[str] = set()  # since the last step, of those found
         # Of the worker's:
         self.caches: dict[str, torch.Tensor] = {}
         self.waited: Counter[str] = Counter()
         self.written: Counter[str] = Counter()
-        self.under_way: dict[str, list[list[Piece]]] = {}
+        self.under_way: dict[str, list[list[Page]]] = {}
         self.failed_blocks: set[int] = set()
         self.failed_requests: set[str] = set()
 
@@ -157,7 +153,6 @@ class MemoryConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         tokens = list(request.all_token_ids)
-        self.found.pop(request.request_id, None)
         if self._kv_transfer_config.is_kv_consumer:
             for length in range(len(tokens), num_computed_tokens, -1):
                 hit = min(length, len(tokens) - 1)  # a token has to be computed to go on from
@@ -175,16 +170,16 @@ class MemoryConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         self.requests[request.request_id] = request
-        if not num_external_tokens:
-            self.found.pop(request.request_id, None)
+        if num_external_tokens:
+            self.admitted.add(request.request_id)
 
     def build_connector_meta(self, scheduler_output: Any) -> Step:
         scheduled = scheduler_output.num_scheduled_tokens
         step = Step(computes=bool(scheduled))
-        for request, found in self.found.items():
-            pieces = step.arriving if self.asynchronous else step.loads
-            pieces += self.to_load(self.requests[request], *found)
-        self.found.clear()
+        for request in sorted(self.admitted):
+            pages = step.arriving if self.asynchronous else step.loads
+            pages += self.to_load(self.requests[request], *self.found.pop(request))
+        self.admitted.clear()
         if self._kv_transfer_config.is_kv_producer:
             cached = scheduler_output.scheduled_cached_reqs
             before = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
@@ -193,36 +188,32 @@ class MemoryConnector(KVConnectorBase_V1, SupportsHMA):
                 step.saves += self.to_save(self.requests[request], before[request] + tokens)
         return step
 
-    def to_load(self, request: Any, here: int, hit: int, prompt: list[int]) -> Iterator[Piece]:
+    def to_load(self, request: Any, here: int, hit: int, prompt: list[int]) -> Iterator[Page]:
         for layer in self.layers.values():
             # The next token sees one token fewer of a window than the window has: itself is in it.
-            first = max(here, layer.last(hit + 1))
-            for index, key in layer.pages(prompt, first, hit):
-                yield self.piece(request, layer, index, key, first, hit)
+            for index, key in layer.pages(prompt, max(here, layer.last(hit + 1)), hit):
+                yield self.page(request, layer, index, key)
 
-    def to_save(self, request: Any, computed: int) -> Iterator[Piece]:
+    def to_save(self, request: Any, computed: int) -> Iterator[Page]:
         prompt = request.prompt_token_ids
         for layer in self.layers.values():
             if layer.window and computed < len(prompt):
                 continue
-            first = layer.last(len(prompt))
-            for index, key in layer.pages(prompt, first, len(prompt)):
+            for index, key in layer.pages(prompt, layer.last(len(prompt)), len(prompt)):
                 is_full = computed >= min((index + 1) * layer.block, len(prompt))
                 if is_full and key not in self.store.pages:
-                    yield self.piece(request, layer, index, key, first, len(prompt))
+                    yield self.page(request, layer, index, key)
 
-    def piece(self, request: Any, layer: Layer, index: int, key: tuple, first: int, end: int) -> Piece:
+    def page(self, request: Any, layer: Layer, index: int, key: tuple) -> Page:
         block = self._kv_cache_manager.get_block_ids(request.request_id)[layer.group][index]
-        start = index * layer.block
-        first, end = max(first, start), min(end, start + layer.block)
         if block == 0:
-            raise WrongHook(f"tokens {first} to {end} of {layer.name} have no block")
-        prompt = tuple(request.prompt_token_ids)
-        return Piece(request.request_id, prompt, layer.name, block, start, first, end, key)
+            raise WrongHook(f"page {index} of {layer.name} has no block any more, or none yet")
+        return Page(request.request_id, tuple(request.prompt_token_ids), layer.name, block, key)
 
     def request_finished_all_groups(self, request: Any, block_ids: tuple[list[int], ...]) -> tuple[bool, None]:
         self.requests.pop(request.request_id, None)
         self.found.pop(request.request_id, None)
+        self.admitted.discard(request.request_id)
         return False, None
 
     # The worker's.
@@ -244,22 +235,22 @@ class MemoryConnector(KVConnectorBase_V1, SupportsHMA):
         self.waited.clear()
         self.written.clear()
         self.failed_blocks.clear()
-        self.failed_requests.clear()
+        self.failed_requests &= set(self.under_way)
 
-    def here(self, piece: Piece) -> torch.Tensor:
-        """(K, tokens, 2 · d) of the engine's memory."""
-        return self.caches[piece.layer][piece.block, :, piece.slots]
+    def memory(self, page: Page) -> torch.Tensor:
+        """(K, tokens, 2 · d), the engine's own."""
+        return self.caches[page.layer][page.block]
 
-    def load(self, piece: Piece) -> None:
-        first, stored = self.store.pages[piece.key]
-        wanted = stored[:, piece.first - first : piece.end - first]
-        self.here(piece).copy_(wanted)
-        self.store.loaded[piece.prompt] += wanted.nbytes
-        self.store.counts["loaded_bytes"] += wanted.nbytes
+    def load(self, page: Page) -> None:
+        stored = self.store.pages[page.key]
+        self.memory(page).copy_(stored)
+        self.store.loaded[page.prompt] += stored.nbytes
+        self.store.counts["loaded_bytes"] += stored.nbytes
 
     def fails(self) -> bool:
         """Whether the load that begins now will fail."""
         self.store.counts["loads"] += 1
+        assert self.store.failures is not None
         failing = self.store.failures > 0
         self.store.failures -= failing
         self.store.counts["failed_loads"] += failing
@@ -267,28 +258,30 @@ class MemoryConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         step = self.step
-        for piece in (*step.loads, *step.arriving):
-            self.here(piece).fill_(float("nan"))
-        for request in {piece.request for piece in step.loads}:
+        for page in (*step.loads, *step.arriving):
+            self.memory(page).fill_(float("nan"))
+        for request in {page.request for page in step.loads}:
             if self.fails():
                 self.failed_requests.add(request)
-        for request, pieces in by_request(step.arriving).items():
-            half = ceil(len(pieces) / 2)
-            halves = [pieces[:half], pieces[half:]]
-            self.under_way[request] = [halves[0], None] if self.fails() else halves
+        for request, pages in by_request(step.arriving).items():
+            half = ceil(len(pages) / 2)
+            self.under_way[request] = [pages[:half], pages[half:]]
+            if self.fails():
+                self.failed_requests.add(request)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         self.waited[layer_name] += 1
         if self.waited[layer_name] > 1:
             raise WrongHook(f"{layer_name} is waited for twice in a step")
-        half = len(self.layers) // 2
-        breaks_off = list(self.layers).index(layer_name) >= half
-        for piece in self.step.loads:
-            if piece.layer == layer_name:
-                if breaks_off and piece.request in self.failed_requests:
-                    self.failed_blocks.add(piece.block)
-                else:
-                    self.load(piece)
+        breaks_off = len(self.waited) > len(self.layers) / 2
+        for page in self.step.loads:
+            if page.layer != layer_name:
+                continue
+            if breaks_off and page.request in self.failed_requests:
+                self.memory(page).fill_(RUBBISH)
+                self.failed_blocks.add(page.block)
+            else:
+                self.load(page)
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         self.written[layer_name] += 1
@@ -296,15 +289,15 @@ class MemoryConnector(KVConnectorBase_V1, SupportsHMA):
             raise WrongHook(f"{layer_name} is saved twice in a step, or before it is waited for")
         if kv_layer.data_ptr() != self.caches[layer_name].data_ptr():
             raise WrongHook(f"{layer_name} is saved from other memory than it was registered with")
-        for piece in self.step.saves:
-            if piece.layer != layer_name or piece.request in self.failed_requests or piece.key in self.store.pages:
+        for page in self.step.saves:
+            if page.layer != layer_name or page.request in self.failed_requests or page.key in self.store.pages:
                 continue
-            page = self.here(piece).clone()
-            if page.isnan().any():
-                raise WrongHook(f"{layer_name} is saved with what was never loaded or written")
-            self.store.pages[piece.key] = (piece.first, page)
-            self.store.saved[piece.prompt] += page.nbytes
-            self.store.counts["saved_bytes"] += page.nbytes
+            written = self.memory(page).clone()
+            if written.isnan().any():
+                raise WrongHook(f"a page of {layer_name} is saved that was never loaded")
+            self.store.pages[page.key] = written
+            self.store.saved[page.prompt] += written.nbytes
+            self.store.counts["saved_bytes"] += written.nbytes
 
     def wait_for_save(self) -> None:
         for hook, called in (("waited for", self.waited), ("saved", self.written)):
@@ -316,13 +309,18 @@ class MemoryConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         results = KVConnectorTransferResults()
-        for request in list(self.under_way):
-            half = self.under_way[request].pop(0)
-            for piece in half or ():
-                self.load(piece)
-            if half is None:
+        for request, halves in list(self.under_way.items()):
+            half = halves.pop(0)
+            broke_off = request in self.failed_requests and not halves
+            for page in half:
+                if broke_off:
+                    self.memory(page).fill_(RUBBISH)
+                else:
+                    self.load(page)
+            if broke_off:
                 results.failed_recving.add(request)
-            if half is None or not self.under_way[request]:
+                self.failed_requests.discard(request)
+            if not halves:
                 results.finished_recving.add(request)
                 del self.under_way[request]
         return results
@@ -331,10 +329,10 @@ class MemoryConnector(KVConnectorBase_V1, SupportsHMA):
         return set(self.failed_blocks)
 
 
-def by_request(pieces: list[Piece]) -> dict[str, list[Piece]]:
-    grouped: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        grouped.setdefault(piece.request, []).append(piece)
+def by_request(pages: list[Page]) -> dict[str, list[Page]]:
+    grouped: dict[str, list[Page]] = {}
+    for page in pages:
+        grouped.setdefault(page.request, []).append(page)
     return grouped
 
 

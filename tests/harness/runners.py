@@ -73,7 +73,8 @@ class EngineProcess:
         """Start an engine with `settings` of vLLM's `LLM`, generate batch after batch, end the engine.
 
         Args:
-            batches: of requests {"prompt": token ids, "sampling": {...}, "adapter": folder}; the last two are optional.
+            batches: of requests {"prompt": token ids, "sampling": {...}, "adapter": folder, "aborted_after": steps}; all
+                but the prompt are optional, and an aborted request has no output.
             calls: for each batch, calls of all workers before it: a method's name and its arguments.
 
         Raises:
@@ -150,7 +151,7 @@ def request_output(plain: dict) -> SimpleNamespace:
         return rows and [row and {int(token): SimpleNamespace(logprob=p) for token, p in row.items()} for row in rows]
 
     completions = [
-        SimpleNamespace(token_ids=completion["token_ids"], logprobs=logprobs(completion["logprobs"]))
+        SimpleNamespace(**completion | {"logprobs": logprobs(completion["logprobs"])})
         for completion in plain["completions"]
     ]
     return SimpleNamespace(

@@ -35,7 +35,7 @@ ATTENTION = (
     ),
     Seam(
         "vllm.v1.attention.backend:AttentionImpl.forward",
-        "cross attention and our kernels call an implementation as vLLM does",
+        "attention and our kernels call an implementation as vLLM does",
         "serving/test_model.py",
         takes="layer query key value kv_cache attn_metadata output",
     ),
@@ -112,24 +112,18 @@ ATTENTION = (
         ),
     ),
     Seam(
-        "vllm.model_executor.layers.attention.attention:unified_attention_with_output",
-        "window attention calls it",
-        "serving/test_model.py",
-        takes="kv_cache_dummy_dep",
-    ),
-    Seam(
         "vllm.model_executor.layers.attention.attention:unified_kv_cache_update",
         "window and global caches are written by it",
         "serving/test_model.py",
     ),
     Seam(
         "vllm.model_executor.layers.attention.attention:get_attention_context",
-        "cross attention and our kernels find a layer's metadata and memory by it",
+        "attention and our kernels find a layer's metadata and memory by it",
         "serving/test_model.py",
     ),
     Seam(
         "vllm.model_executor.layers.attention.kv_transfer_utils:maybe_transfer_kv_layer",
-        "a KV connector loads and saves the global cache where it is written",
+        "a KV connector loads a cache before it is written, and saves it after",
         "serving/test_kv_connectors.py",
     ),
     Seam(

@@ -14,11 +14,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.attention.attention import (
-    get_attention_context,
-    unified_attention_with_output,
-    unified_kv_cache_update,
-)
+from vllm.model_executor.layers.attention.attention import get_attention_context, unified_kv_cache_update
 from vllm.model_executor.layers.attention.kv_transfer_utils import maybe_transfer_kv_layer
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
 from vllm.v1.attention.backend import AttentionBackend, AttentionLayer
@@ -244,12 +240,25 @@ def attend_windows(
         assert loop.step is not None
         loop.step(name, q_NHd, k_NKd, v_NKd, out_NHd)
         return
-    q_NHd = cache.quantized(q_NHd)
-    written = unified_kv_cache_update(k_NKd, v_NKd, name)
-    unified_attention_with_output(q_NHd, k_NKd, v_NKd, out_NHd, name, kv_cache_dummy_dep=written)
+    write_and_attend_window(cache.quantized(q_NHd), k_NKd, v_NKd, out_NHd, name)
 
 
 @eager_break_during_capture  # outermost: what a KV connector does must not be captured
+@maybe_transfer_kv_layer
+def write_and_attend_window(
+    q_NHd: torch.Tensor, k_NKd: torch.Tensor, v_NKd: torch.Tensor, out_NHd: torch.Tensor, layer_name: str
+) -> None:
+    """Write keys and values into the window cache called `layer_name` and attend over it, into `out_NHd`.
+
+    A KV connector loads before the write, where vLLM's own op waits for it after: a load of whole pages would undo what
+    this step has written into the last one.
+    """
+    unified_kv_cache_update(k_NKd, v_NKd, layer_name)
+    metadata, cache, kv_cache, _ = get_attention_context(layer_name)
+    cache.impl.forward(cache, q_NHd, k_NKd, v_NKd, kv_cache, metadata, output=out_NHd)
+
+
+@eager_break_during_capture
 @maybe_transfer_kv_layer
 def write_global(k_NKd: torch.Tensor, v_NKd: torch.Tensor, layer_name: str) -> None:
     """Wait for what a KV connector loads into the global cache, write this step's keys and values, let it save."""

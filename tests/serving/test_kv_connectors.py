@@ -1,0 +1,170 @@
+"""KV connectors beside row skipping: each cache is waited for, written and saved once a step, and no answer changes.
+
+The connector is that of harness/kv_connector.py, which ends the engine over a hook too many or too few and hands out
+NaN for what was not waited for. A store outlives its engine, within the process of a runner.
+"""
+
+from functools import partial
+from math import ceil
+
+import pytest
+from harness import tiny
+from harness.engine_process import GREEDY
+from harness.kv_connector import transfer
+from harness.oracle import check
+from harness.runners import Batch, EngineProcess
+
+from vllm_yocou.config import YocoUConfig
+
+CHUNK, WINDOW_PAGE = 37, 32
+SHORT, LONG = [tiny.prompt(length) for length in (1, 9, CHUNK, 100, 150)], tiny.prompt(250)
+UNSEEN = tiny.prompt(60, seed=5)
+SCORED = {"prompt_logprobs": 1}
+
+
+def requests(prompts: list[list[int]], **sampling) -> list[dict]:
+    return [{"prompt": prompt, "sampling": {"max_tokens": 5} | sampling} for prompt in prompts]
+
+
+FIRST = requests([*SHORT, LONG])
+BATCHES = {
+    "first": FIRST,
+    "again": requests([*SHORT, LONG]),
+    "scored": requests([SHORT[3], UNSEEN], **SCORED),
+    "longer": requests([prompt + UNSEEN for prompt in (*SHORT[1:], LONG)]),
+    # Eight requests that grow until the pool cannot hold their second global blocks.
+    "preempted": [
+        {"prompt": tiny.prompt(length, length), "sampling": {"max_tokens": 200 - length}}
+        for length in range(160, 200, 5)
+    ],
+    # In the middle of their prompts, in decode, and before they were ever scheduled.
+    "aborted": [
+        *({"prompt": tiny.prompt(200, seed)} | {"aborted_after": steps} for seed, steps in ((1, 1), (2, 2), (3, 7))),
+        *requests([tiny.prompt(200, seed=4)]),
+    ],
+    "after the aborted": requests([tiny.prompt(200, seed) for seed in (1, 2, 3, 4)]),
+}
+
+
+class Sizes:
+    """Bytes of a tiny model's pages, from its config: float32, blocks of 32 tokens, all windows in one group."""
+
+    def __init__(self, cfg: YocoUConfig):
+        self.window, self.windows = cfg.sliding_window, cfg.num_iterations * cfg.num_self_decoder_layers
+        token = 2 * 4 * cfg.num_key_value_heads * cfg.head_dim
+        self.window_page = self.windows * WINDOW_PAGE * token
+        self.global_page = self.window_page
+        self.global_tokens = self.global_page // (2 * 4 * cfg.cross_num_key_value_heads * cfg.cross_head_dim)
+
+    def of(self, tokens: int, first: int = 0, window: int | None = None) -> int:
+        """From the token `first` to the end of so many: their global pages, and those of the last tokens' windows."""
+        last = max(first, tokens - (window or self.window), 0)
+        windows = ceil(tokens / WINDOW_PAGE) - last // WINDOW_PAGE
+        pages = ceil(tokens / self.global_tokens) - first // self.global_tokens
+        return windows * self.window_page + pages * self.global_page
+
+
+def rows(request: dict, cached: int) -> tuple[int, int]:
+    """Rows through the self-decoder and the cross-decoder that one request must cost."""
+    sampling = GREEDY | request.get("sampling", {})
+    prompt, generated = len(request["prompt"]) - cached, sampling["max_tokens"] - 1
+    return prompt + generated, (prompt if "prompt_logprobs" in sampling else 1) + generated
+
+
+class Ran:
+    """An engine with a connector, and what it did with BATCHES."""
+
+    def __init__(self, process: EngineProcess, name: str, folder, iterations: int, **settings):
+        self.model = tiny.model(tiny.config(num_iterations=iterations, qk_norm="all", cross_decoder_rope=True))
+        self.model.save_pretrained(folder)
+        self.sizes = Sizes(self.model.config)
+        # Eight requests hold a global block each and two for their windows, but not two and two.
+        memory = 28 * self.sizes.global_page
+        ran = process.run(
+            folder,
+            list(BATCHES.values()),
+            kv_transfer_config=transfer(name),
+            kv_cache_memory_bytes=memory,
+            **settings,
+        )
+        self.batches = dict(zip(BATCHES, ran, strict=True))
+
+    def checked(self, name: str) -> Batch:
+        answered = [request for request in BATCHES[name] if "aborted_after" not in request]
+        check(self.model, answered, self.batches[name].outputs)
+        return self.batches[name]
+
+
+ENGINES = {
+    "v1": dict(iterations=3),
+    "v1-T1": dict(iterations=1),
+    "v2": dict(iterations=3),
+    "v2-T1": dict(iterations=1),
+    "v1-graphs": dict(iterations=3, compilation_config={"mode": 3}),
+}
+IN_EVERY_RUN = ("v1", "v2")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[] if name in IN_EVERY_RUN else pytest.mark.slow) for name in ENGINES],
+)
+def ran(request, engine_processes, tmp_path_factory):
+    process = engine_processes.of(request.param.removesuffix("-T1"))
+    return Ran(process, request.param, tmp_path_factory.mktemp("checkpoint"), **ENGINES[request.param])
+
+
+def check_rows(batch: Batch, asked: list[dict]) -> None:
+    counted = [rows(one, output.num_cached_tokens) for one, output in zip(asked, batch.outputs, strict=True)]
+    self_rows, cross_rows = (sum(counts) for counts in zip(*counted, strict=True))
+    assert batch.metrics["yocou_self_decoder_rows"] == self_rows
+    assert batch.metrics["yocou_cross_decoder_rows"] == cross_rows
+
+
+def test_chunks_without_rows_are_saved(ran):
+    """Each prompt's global pages, and of its windows the pages of the last W tokens."""
+    batch = ran.checked("first")
+    check_rows(batch, FIRST)
+    assert batch.metrics["yocou_skipped_rows"] == sum(len(one["prompt"]) - 1 for one in FIRST)
+    assert batch.metrics["saved_bytes"] == sum(ran.sizes.of(len(one["prompt"])) for one in FIRST)
+    assert batch.metrics["loads"] == batch.metrics["loaded_bytes"] == 0
+
+
+def test_a_prompt_is_loaded(ran):
+    """What this engine still has of the long one, it does not load."""
+    batch = ran.checked("again")
+    check_rows(batch, BATCHES["again"])
+    assert [output.num_cached_tokens for output in batch.outputs] == [len(one["prompt"]) - 1 for one in FIRST]
+    here = [0] * len(SHORT) + [len(LONG) // ran.sizes.global_tokens * ran.sizes.global_tokens]
+    expected = [
+        ran.sizes.of(len(one["prompt"]) - 1, first, window=ran.sizes.window - 1)
+        for one, first in zip(FIRST[1:], here[1:], strict=True)
+    ]
+    assert here[-1] > 0 and batch.metrics["loads"] == len(expected)
+    assert batch.metrics["loaded_bytes"] == sum(expected)
+    assert batch.metrics["saved_bytes"] == 0
+
+
+def test_prompt_log_probabilities_load_nothing(ran):
+    batch = ran.checked("scored")
+    check_rows(batch, BATCHES["scored"])
+    assert batch.metrics["loads"] == 0
+
+
+def test_a_prompt_goes_on_from_where_another_ended(ran):
+    batch = ran.checked("longer")
+    check_rows(batch, BATCHES["longer"])
+    assert [output.num_cached_tokens for output in batch.outputs] == [len(prompt) for prompt in (*SHORT[1:], LONG)]
+    assert batch.metrics["yocou_skipped_rows"] == len(batch.outputs) * (len(UNSEEN) - 1)
+
+
+def test_preempted_requests_load_their_prompts_again(ran):
+    batch = ran.checked("preempted")
+    assert batch.metrics["num_preemptions"] > 0 and batch.metrics["yocou_skipped_rows"] > 0
+    assert batch.metrics["loads"] > 0
+
+
+def test_aborted_requests_leave_nothing_half_saved(ran):
+    assert len(ran.checked("aborted").outputs) == 1
+    batch = ran.checked("after the aborted")
+    assert batch.metrics["loads"] > 0
