@@ -136,7 +136,8 @@ class MemoryConnector(KVConnectorBase_V1, SupportsHMA):
         # Of the scheduler's:
         self.requests: dict[str, Any] = {}
         self.found: dict[str, tuple[int, int, list[int]]] = {}  # tokens here, tokens of the hit, the stored prompt
-        self.admitted: set[str] = set()  # since the last step, of those found
+        self.admitted: list[str] = []  # since the last step, of those found
+        self.broken: set[str] = set()  # whose loads broke off: they are not offered again
         # Of the worker's:
         self.caches: dict[str, torch.Tensor] = {}
         self.waited: Counter[str] = Counter()
@@ -153,7 +154,7 @@ class MemoryConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         tokens = list(request.all_token_ids)
-        if self._kv_transfer_config.is_kv_consumer:
+        if self._kv_transfer_config.is_kv_consumer and request.request_id not in self.broken:
             for length in range(len(tokens), num_computed_tokens, -1):
                 hit = min(length, len(tokens) - 1)  # a token has to be computed to go on from
                 if hit > num_computed_tokens and self.holds(tokens[:length], num_computed_tokens):
@@ -171,12 +172,12 @@ class MemoryConnector(KVConnectorBase_V1, SupportsHMA):
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         self.requests[request.request_id] = request
         if num_external_tokens:
-            self.admitted.add(request.request_id)
+            self.admitted.append(request.request_id)
 
     def build_connector_meta(self, scheduler_output: Any) -> Step:
         scheduled = scheduler_output.num_scheduled_tokens
         step = Step(computes=bool(scheduled))
-        for request in sorted(self.admitted):
+        for request in self.admitted:
             pages = step.arriving if self.asynchronous else step.loads
             pages += self.to_load(self.requests[request], *self.found.pop(request))
         self.admitted.clear()
@@ -210,10 +211,14 @@ class MemoryConnector(KVConnectorBase_V1, SupportsHMA):
             raise WrongHook(f"page {index} of {layer.name} has no block any more, or none yet")
         return Page(request.request_id, tuple(request.prompt_token_ids), layer.name, block, key)
 
+    def update_connector_output(self, connector_output: Any) -> None:
+        self.broken |= connector_output.failed_recving
+
     def request_finished_all_groups(self, request: Any, block_ids: tuple[list[int], ...]) -> tuple[bool, None]:
         self.requests.pop(request.request_id, None)
         self.found.pop(request.request_id, None)
-        self.admitted.discard(request.request_id)
+        if request.request_id in self.admitted:
+            self.admitted.remove(request.request_id)
         return False, None
 
     # The worker's.
@@ -260,7 +265,7 @@ class MemoryConnector(KVConnectorBase_V1, SupportsHMA):
         step = self.step
         for page in (*step.loads, *step.arriving):
             self.memory(page).fill_(float("nan"))
-        for request in {page.request for page in step.loads}:
+        for request in by_request(step.loads):
             if self.fails():
                 self.failed_requests.add(request)
         for request, pages in by_request(step.arriving).items():

@@ -135,13 +135,10 @@ def test_a_prompt_is_loaded(ran):
     batch = ran.checked("again")
     check_rows(batch, BATCHES["again"])
     assert [output.num_cached_tokens for output in batch.outputs] == [len(one["prompt"]) - 1 for one in FIRST]
-    here = [0] * len(SHORT) + [len(LONG) // ran.sizes.global_tokens * ran.sizes.global_tokens]
-    expected = [
-        ran.sizes.of(len(one["prompt"]) - 1, first, window=ran.sizes.window - 1)
-        for one, first in zip(FIRST[1:], here[1:], strict=True)
-    ]
-    assert here[-1] > 0 and batch.metrics["loads"] == len(expected)
-    assert batch.metrics["loaded_bytes"] == sum(expected)
+    lengths, block = [len(one["prompt"]) - 1 for one in FIRST[1:]], ran.sizes.global_tokens
+    assert lengths[-1] > block and batch.metrics["loads"] == len(lengths)
+    loaded = [ran.sizes.of(length, length // block * block, ran.sizes.window - 1) for length in lengths]
+    assert batch.metrics["loaded_bytes"] == sum(loaded)
     assert batch.metrics["saved_bytes"] == 0
 
 
@@ -168,3 +165,70 @@ def test_aborted_requests_leave_nothing_half_saved(ran):
     assert len(ran.checked("aborted").outputs) == 1
     batch = ran.checked("after the aborted")
     assert batch.metrics["loads"] > 0
+
+
+def started(engine_process: EngineProcess, folder, **overrides):
+    """A tiny model in `folder`, and what runs batches of requests on it in an engine with a connector of its own."""
+    model = tiny.model(tiny.config(**overrides))
+    model.save_pretrained(folder)
+
+    def run(batches: list[list[dict]], settings: dict, **transfers) -> list[Batch]:
+        transfers = {"name": str(folder)} | transfers
+        return engine_process.run(folder, batches, kv_transfer_config=transfer(**transfers), **settings)
+
+    return model, run
+
+
+BOTH_RUNNERS = pytest.mark.parametrize(
+    "engine_process", ["v1", pytest.param("v2", marks=pytest.mark.slow)], indirect=True
+)
+
+
+@BOTH_RUNNERS
+def test_loads_between_steps_that_fail_half_way(engine_process, tmp_path):
+    """Two requests whose loads fail are computed; one is aborted while it loads."""
+    model, run = started(engine_process, tmp_path)
+    aborted = {"prompt": SHORT[4], "aborted_after": 1}
+    _, again, last = run([FIRST, FIRST, [aborted, *FIRST]], {}, asynchronous=True, failures=2)
+    check(model, FIRST, again.outputs)
+    assert (again.metrics["loads"], again.metrics["failed_loads"]) == (len(FIRST) - 1, 2)
+    cached = [0, 0, 0, *(len(one["prompt"]) - 1 for one in FIRST[3:])]
+    assert again.metrics["yocou_self_decoder_rows"] == sum(rows(*each)[0] for each in zip(FIRST, cached, strict=True))
+    check(model, FIRST, last.outputs)
+    assert last.metrics["loads"] == len(FIRST) and last.metrics["failed_loads"] == 0
+
+
+@BOTH_RUNNERS
+def test_a_request_whose_load_fails_can_end(engine_process, tmp_path):
+    model, run = started(engine_process, tmp_path)
+    _, batch = run([FIRST, FIRST], {}, asynchronous=True, failures=1, policy="fail")
+    failed = [i for i, output in enumerate(batch.outputs) if output.outputs[0].finish_reason == "error"]
+    assert failed == [1]
+    others = [(one, output) for i, (one, output) in enumerate(zip(FIRST, batch.outputs, strict=True)) if i != 1]
+    check(model, *map(list, zip(*others, strict=True)))
+
+
+@BOTH_RUNNERS
+def test_without_the_hybrid_manager(engine_process, nightly, tmp_path):
+    """One group, in which vLLM knows blocks: a load that fails in the step that needs it is computed from there on."""
+    model, run = started(engine_process, tmp_path)
+    _, batch = run([FIRST, FIRST], dict(disable_hybrid_kv_cache_manager=True), failures=2)
+    check(model, FIRST, batch.outputs)
+    assert batch.metrics["failed_loads"] == 2
+
+
+@pytest.mark.parametrize("asynchronous", [False, pytest.param(True, marks=pytest.mark.slow)])
+@BOTH_RUNNERS
+def test_a_producer_and_a_consumer_answer_as_one_engine(engine_process, asynchronous, tmp_path):
+    """The producer computes prompts, the consumer their last tokens and all that follow."""
+    model, run = started(engine_process, tmp_path, qk_norm="all", cross_decoder_rope=True)
+    sizes, lengths = Sizes(model.config), [len(one["prompt"]) for one in FIRST]
+    prompts = requests([*SHORT, LONG], max_tokens=1, logprobs=None)
+    (produced,) = run([prompts], {}, role="kv_producer")
+    assert produced.metrics["saved_bytes"] == sum(map(sizes.of, lengths))
+    (consumed,) = run([FIRST], {}, role="kv_consumer", asynchronous=asynchronous)
+    check(model, FIRST, consumed.outputs)
+    assert consumed.metrics["saved_bytes"] == 0
+    assert consumed.metrics["loaded_bytes"] == sum(sizes.of(n - 1, 0, sizes.window - 1) for n in lengths)
+    assert consumed.metrics["yocou_skipped_rows"] == 0
+    assert consumed.metrics["yocou_self_decoder_rows"] == sum(rows(one, len(one["prompt"]) - 1)[0] for one in FIRST)
