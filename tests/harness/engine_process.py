@@ -3,9 +3,9 @@
     python -m harness.engine_process RUNNER
 
 A job is {"checkpoint": FOLDER, "settings": {...}, "batches": [[{"prompt": [...], "sampling": {...}, "adapter":
-FOLDER, "aborted_after": STEPS}]], "calls": [[[METHOD, {...}]]]}, with settings of vLLM's `LLM`; all of a request but its
-prompt may be left out. A request that is aborted has no output. The calls of a batch go to the workers before it, null
-for none of any batch. Its answer is one line on standard output,
+FOLDER, "aborted_after": STEPS}]], "calls": [[[METHOD, {...}]]]}, with settings of vLLM's `LLM`; of a request, all but
+the prompt may be left out, and one that is aborted has no output. The calls of a batch go to the workers before it,
+null for none of any batch. Its answer is one line on standard output,
 {"batches": [...]} or {"error": TRACEBACK}; everything that vLLM prints goes to standard error. The process ends where
 its input does, or by SIGALRM when a job takes longer than JOB_S.
 

@@ -73,8 +73,8 @@ class EngineProcess:
         """Start an engine with `settings` of vLLM's `LLM`, generate batch after batch, end the engine.
 
         Args:
-            batches: of requests {"prompt": token ids, "sampling": {...}, "adapter": folder, "aborted_after": steps}; all
-                but the prompt are optional, and an aborted request has no output.
+            batches: of requests {"prompt": token ids, "sampling": {...}, "adapter": folder, "aborted_after": steps},
+                all but the prompt optional. A request that is aborted has no output.
             calls: for each batch, calls of all workers before it: a method's name and its arguments.
 
         Raises:

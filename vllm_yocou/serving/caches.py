@@ -255,7 +255,7 @@ def write_and_attend_window(
     """
     unified_kv_cache_update(k_NKd, v_NKd, layer_name)
     metadata, cache, kv_cache, _ = get_attention_context(layer_name)
-    cache.impl.forward(cache, q_NHd, k_NKd, v_NKd, kv_cache, metadata, output=out_NHd)
+    cache.impl.forward(cast(AttentionLayer, cache), q_NHd, k_NKd, v_NKd, kv_cache, metadata, output=out_NHd)
 
 
 @eager_break_during_capture
