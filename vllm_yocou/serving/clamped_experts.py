@@ -21,9 +21,9 @@ def check_clamp(runner: MoERunner) -> None:
     method, limit = runner.routed_experts.quant_method, runner.moe_config.swiglu_limit
     unquantized = type(method) is UnquantizedFusedMoEMethod
     if unquantized and current_platform.is_cpu():
-        from vllm_yocou.serving.looped_experts import LoopedMethod  # not before: what it extends is a CPU's
+        from vllm_yocou.serving.looped_experts import loop_over_experts  # not before: what it extends is a CPU's
 
-        runner._replace_quant_method(LoopedMethod(runner.moe_config))
+        loop_over_experts(runner)
         return
     experts = getattr(getattr(method, "experts_cls", None), "__name__", type(method).__name__)
     if experts not in CLAMPING:
@@ -36,3 +36,14 @@ def check_clamp(runner: MoERunner) -> None:
             f"swiglu_limit {limit} cannot be used with vLLM's {experts}: they do not clamp what routed experts "
             f"compute, {remedy}."
         )
+
+
+def pass_over_other_ranks(runner: MoERunner) -> None:
+    """With expert parallelism on a CPU, have a rank compute its own experts alone; called as `check_clamp` is.
+
+    vLLM's kernels there compute all that rows have chosen. The engine settings refuse those for quantized experts.
+    """
+    if runner.moe_config.use_ep and current_platform.is_cpu():
+        from vllm_yocou.serving.looped_experts import loop_over_experts
+
+        loop_over_experts(runner)
