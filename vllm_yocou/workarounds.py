@@ -164,7 +164,7 @@ def refuse_expert_parallel(vllm_config: "VllmConfig") -> None:
     from vllm.platforms import current_platform
 
     asked = vllm_config.parallel_config.enable_expert_parallel and current_platform.is_cpu()
-    if asked and vllm_config.quant_config is not None:
+    if asked and vllm_config.model_config.quantization is not None:
         raise ValueError(
             "--enable-expert-parallel cannot be used on a CPU with quantized weights: vLLM's CPU kernels do not pass "
             "over tokens of other ranks' experts, leave the flag out."

@@ -16,6 +16,8 @@ RUNNER is one of these:
   Triton's interpreter, on the CPU and with the same results.
 - v2-triton: attention itself, too, is CUDA's Triton backend. That is slow, so it suits a few tokens only.
 - two-ranks: V1 on two workers, which are forked from a process that has imported vLLM already.
+- data-rank: V1 as one of the data-parallel ranks that data_ranks.py starts, for a job of two-ranks or v2 with "ranks":
+  a list of batches for each rank in the place of "batches", and a list of answers as its answer.
 """
 
 import gc
@@ -27,7 +29,7 @@ import traceback
 from collections import Counter
 from functools import cache
 
-from harness import host_reads, interpreter
+from harness import data_ranks, host_reads, interpreter
 
 METRICS = ("yocou_self_decoder_rows", "yocou_cross_decoder_rows", "yocou_skipped_rows", "num_preemptions")
 DEFAULTS = dict(
@@ -116,11 +118,26 @@ def counted_kernels() -> Counter:
     return calls
 
 
+def counted_calls() -> Counter:
+    """Calls of the cross-decoder, and the rows in them, read or not."""
+    from vllm_yocou.serving.model import CrossDecoder
+
+    calls, call = Counter(), CrossDecoder.__call__
+
+    def counted(self, positions_M, *args):
+        calls["cross_decoder_calls"] += 1
+        calls["cross_decoder_called_rows"] += len(positions_M)
+        return call(self, positions_M, *args)
+
+    CrossDecoder.__call__ = counted
+    return calls
+
+
 class RunnerEngines:
     """Starts engines of a runner and asks them; what it changes in vLLM stays for the life of the process."""
 
     def __init__(self, runner: str):
-        self.v2 = runner.startswith("v2")
+        self.runner, self.v2 = runner, runner.startswith("v2")
         self.settings = DEFAULTS | (TWO_RANKS if runner == "two-ranks" else {})
         # First: importing vLLM looks for Triton, once.
         if self.v2:
@@ -139,6 +156,7 @@ class RunnerEngines:
         from harness.engines import know_the_model_class
 
         know_the_model_class()
+        self.calls = counted_calls() if runner == "data-rank" else Counter()
         if runner == "v1":
             host_reads.refuse_in_forward_passes()
 
@@ -146,6 +164,8 @@ class RunnerEngines:
         from vllm import LLM
         from vllm.distributed import cleanup_dist_env_and_memory
 
+        if "ranks" in job:
+            return data_ranks.answer(self.runner, job)
         llm = None
         try:
             llm = LLM(job["checkpoint"], **self.settings | job["settings"])
@@ -182,7 +202,7 @@ class RunnerEngines:
             adapters = [adapter(request["adapter"]) if request.get("adapter") else None for request in batch]
             outputs = llm.generate(prompts, parameters, use_tqdm=False, lora_request=adapters)
             after = self.metrics(llm)
-            moved = {name: after[name] - before[name] for name in after}
+            moved = {name: after[name] - before.get(name, 0) for name in after}
             plain = [plain_output(output) for output in outputs]
             result.append({"outputs": plain, "metrics": moved, "refusals": refusals})
             before = after
@@ -193,7 +213,7 @@ class RunnerEngines:
         found = llm.get_metrics()
         counted = {name: sum(entry.value for entry in found if entry.name == f"vllm:{name}") for name in METRICS}
         kernels = {name: self.kernels[name] for name in ("window_step", "global_write", "cross_attention")}
-        return counted | kernels | {"graph_captures": self.graphs.captures, "graph_replays": self.graphs.replays}
+        return counted | kernels | dict(self.calls) | {"graph_captures": self.graphs.captures, "graph_replays": self.graphs.replays}
 
 
 def main() -> None:

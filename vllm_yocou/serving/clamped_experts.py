@@ -1,6 +1,6 @@
-"""Routed experts whose SwiGLU is clamped are computed by kernels that clamp, or the model is refused.
+"""Experts that clamp, or that ranks share on a CPU, are computed by what can do that, or the model is refused.
 
-Most of vLLM's kernels for experts ignore the limit in silence.
+Most of vLLM's kernels for experts ignore the limit in silence, and those for a CPU that other experts are other ranks'.
 """
 
 from vllm.model_executor.layers.fused_moe import MoERunner, UnquantizedFusedMoEMethod
@@ -41,7 +41,7 @@ def check_clamp(runner: MoERunner) -> None:
 def pass_over_other_ranks(runner: MoERunner) -> None:
     """With expert parallelism on a CPU, have a rank compute its own experts alone; called as `check_clamp` is.
 
-    vLLM's kernels there compute all that rows have chosen. The engine settings refuse those for quantized experts.
+    Quantized experts do not come here: the engine settings refuse them.
     """
     if runner.moe_config.use_ep and current_platform.is_cpu():
         from vllm_yocou.serving.looped_experts import loop_over_experts
