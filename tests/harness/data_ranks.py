@@ -9,7 +9,7 @@ import socket
 from multiprocessing.connection import Connection
 
 # A process of the runner that is named, and how it comes by what it imports.
-CHILDREN = {"two-ranks": ("data-rank", "forkserver"), "v2": ("v2", "spawn")}
+CHILDREN = {"two-ranks": ("data-rank", "forkserver"), "v2": ("v2", "spawn"), "v1-graphs": ("v1-graphs", "spawn")}
 # Without executors of their own; a core for each rank, which the kernel finds.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 SETTINGS = dict(distributed_executor_backend="uni")

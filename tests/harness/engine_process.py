@@ -16,8 +16,9 @@ RUNNER is one of these:
   Triton's interpreter, on the CPU and with the same results.
 - v2-triton: attention itself, too, is CUDA's Triton backend. That is slow, so it suits a few tokens only.
 - two-ranks: V1 on two workers, which are forked from a process that has imported vLLM already.
-- data-rank: V1 as one of the data-parallel ranks that data_ranks.py starts, for a job of two-ranks or v2 with "ranks":
-  a list of batches for each rank in the place of "batches", and a list of answers as its answer.
+- data-rank: V1 as one of the data-parallel ranks that data_ranks.py starts for a job with "ranks": a list of batches for
+  each rank in the place of "batches", and a list of answers as its answer. Such jobs of v1-graphs and v2 start ranks of
+  these.
 """
 
 import gc
@@ -156,7 +157,7 @@ class RunnerEngines:
         from harness.engines import know_the_model_class
 
         know_the_model_class()
-        self.calls = counted_calls() if runner == "data-rank" else Counter()
+        self.calls = counted_calls()
         if runner == "v1":
             host_reads.refuse_in_forward_passes()
 
@@ -202,7 +203,7 @@ class RunnerEngines:
             adapters = [adapter(request["adapter"]) if request.get("adapter") else None for request in batch]
             outputs = llm.generate(prompts, parameters, use_tqdm=False, lora_request=adapters)
             after = self.metrics(llm)
-            moved = {name: after[name] - before.get(name, 0) for name in after}
+            moved = {name: after[name] - before[name] for name in after}
             plain = [plain_output(output) for output in outputs]
             result.append({"outputs": plain, "metrics": moved, "refusals": refusals})
             before = after
@@ -213,7 +214,8 @@ class RunnerEngines:
         found = llm.get_metrics()
         counted = {name: sum(entry.value for entry in found if entry.name == f"vllm:{name}") for name in METRICS}
         kernels = {name: self.kernels[name] for name in ("window_step", "global_write", "cross_attention")}
-        return counted | kernels | dict(self.calls) | {"graph_captures": self.graphs.captures, "graph_replays": self.graphs.replays}
+        called = {name: self.calls[name] for name in ("cross_decoder_calls", "cross_decoder_called_rows")}
+        return counted | kernels | called | {"graph_captures": self.graphs.captures, "graph_replays": self.graphs.replays}
 
 
 def main() -> None:
