@@ -204,10 +204,10 @@ class RowSelecting:
                 self.slots.map_adapters(selected.rows_M)
         metadata = super().build(common_prefix_len, reduced, fast_build)  # type: ignore[misc]  # a builder's
         run = rows if selected is None else len(selected.rows_M)
-        # Only ranks that share experts ask how many rows somebody reads.
-        wanted = 0 if self.shares_experts and self.selector.is_made_up(batch) else run
-        self.slots.put(metadata, None if selected is None else self.on_device(selected), wanted)
-        if self.counters is not None and not self.capturing:
+        # Only ranks that share experts take the steps of others while they are idle.
+        made_up = self.shares_experts and self.selector.is_made_up(batch)
+        self.slots.put(metadata, None if selected is None else self.on_device(selected), 0 if made_up else run)
+        if self.counters is not None and not self.capturing and not made_up:
             self.serving = self.serving or self.selector.begins_a_request(batch)
             if self.serving:
                 self.counters.count(rows, run)
