@@ -15,10 +15,12 @@ from harness.checkout import needs_compiler
 from vllm import _custom_ops
 from vllm.compilation.decorators import _try_load_aot_compiled_fn
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
-from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
+from vllm.model_executor.layers.fused_moe import MoERunner, unquantized_fused_moe_method
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.rotary_embedding import get_rope
@@ -132,6 +134,18 @@ def test_refuse_expert_parallel():
     accepted = CPUUnquantizedExperts._supports_parallel_config(None)
     ignored = inspect.getsource(CPUUnquantizedExperts.apply).count("expert_map") == 1
     assert (accepted and ignored) == faulty("refuse_expert_parallel")
+
+
+def test_exchange_rows_on_cpu():
+    """The communicator of a CPU has the operations from its base alone, which has none; the layer is not an operator."""
+    lacks = all(
+        getattr(CpuCommunicator, name) is getattr(DeviceCommunicatorBase, name)
+        for name in ("all_gatherv", "reduce_scatterv")
+    )
+    assert lacks == faulty("exchange_rows_on_cpu")
+    assert not lacks or "NotImplementedError" in inspect.getsource(DeviceCommunicatorBase.all_gatherv)
+    runner = SimpleNamespace(_shared_experts=None)
+    assert (MoERunner._select_forward(runner) is not torch.ops.vllm.moe_forward) == faulty("exchange_rows_on_cpu")
 
 
 def test_warn_of_seed():

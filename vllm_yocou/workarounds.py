@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.config.cache import CacheDType
     from vllm.lora.punica_wrapper import PunicaWrapperBase
+    from vllm.model_executor.layers.fused_moe import MoERunner
     from vllm.v1.attention.backend import AttentionBackend
 
 logger = logging.getLogger("vllm.plugins.yocou")
@@ -32,6 +33,7 @@ FAULTY_IN = {
     "check_cache_dtype": ("0.32",),
     "widen_decode_scratch": ("0.32", "0.33"),
     "refuse_expert_parallel": ("0.32", "0.33"),
+    "exchange_rows_on_cpu": ("0.32", "0.33"),
     "refuse_int8_in_float32": ("0.32", "0.33"),
     "refuse_fp8_by_a_given_scale": ("0.32", "0.33"),
     "refuse_engines_without_memory_node": ("0.33",),
@@ -151,20 +153,63 @@ def widen_decode_scratch(builder: Any, head_size: int) -> None:
 
 
 def refuse_expert_parallel(vllm_config: "VllmConfig") -> None:
-    """Refuse expert parallelism on a CPU.
+    """Refuse expert parallelism on a CPU for experts that the plugin does not compute there itself.
 
-    vLLM's CPU experts say that they support it, and then compute the tokens of other ranks' experts as well.
+    vLLM's CPU experts say that they support it, and then compute the tokens of other ranks' experts as well. Those that
+    are not quantized are computed by a loop of the plugin's own (serving/looped_experts.py).
 
     Raises:
-        ValueError: it is asked for.
+        ValueError: it is asked for, for quantized experts.
     """
     from vllm.platforms import current_platform
 
-    if vllm_config.parallel_config.enable_expert_parallel and current_platform.is_cpu():
+    asked = vllm_config.parallel_config.enable_expert_parallel and current_platform.is_cpu()
+    if asked and vllm_config.model_config.quantization is not None:
         raise ValueError(
-            "--enable-expert-parallel cannot be used on a CPU: vLLM's CPU kernels do not pass over tokens of other "
-            "ranks' experts, leave the flag out."
+            "--enable-expert-parallel cannot be used on a CPU with quantized weights: vLLM's CPU kernels do not pass "
+            "over tokens of other ranks' experts, leave the flag out."
         )
+
+
+def exchange_rows_on_cpu(runner: "MoERunner") -> None:
+    """On a CPU, let data-parallel ranks that share experts exchange rows.
+
+    vLLM's communicator there lacks the two operations by which its ranks gather each other's rows and sum what their
+    experts made of them. And its layer of experts is no operator there, so that compiled code would keep the numbers of
+    rows of the first step.
+
+    Args:
+        runner: a layer of experts.
+    """
+    import torch
+    from vllm.distributed import get_dp_group
+    from vllm.platforms import current_platform
+
+    if runner.moe_config.dp_size == 1 or not current_platform.is_cpu():
+        return
+    shared = runner.shared_experts is not None
+    runner._forward_entry = torch.ops.vllm.moe_forward_shared if shared else torch.ops.vllm.moe_forward
+    ranks = get_dp_group()
+    communicator: Any = ranks.device_communicator
+
+    def own_rows(sizes: list[int]) -> slice:
+        first = sum(sizes[: ranks.rank_in_group])
+        return slice(first, first + sizes[ranks.rank_in_group])
+
+    def gathered(own_NX: "torch.Tensor", sizes: list[int]) -> "torch.Tensor":
+        all_RX = own_NX.new_zeros(sum(sizes), *own_NX.shape[1:])
+        all_RX[own_rows(sizes)] = own_NX
+        return communicator.all_reduce(all_RX)
+
+    def all_gatherv(input_: Any, dim: int, sizes: list[int]) -> Any:
+        assert dim == 0
+        return [gathered(x, sizes) for x in input_] if isinstance(input_, list) else gathered(input_, sizes)
+
+    def reduce_scatterv(input_: "torch.Tensor", dim: int, sizes: list[int]) -> "torch.Tensor":
+        assert dim == 0
+        return communicator.all_reduce(input_.contiguous())[own_rows(sizes)]
+
+    communicator.all_gatherv, communicator.reduce_scatterv = all_gatherv, reduce_scatterv
 
 
 def refuse_int8_in_float32(vllm_config: "VllmConfig", shapes: Iterable[tuple[int, ...]]) -> None:

@@ -17,6 +17,9 @@ RUNNER is one of these:
   Triton's interpreter, on the CPU and with the same results.
 - v2-triton: attention itself, too, is CUDA's Triton backend. That is slow, so it suits a few tokens only.
 - two-ranks: V1 on two workers, which are forked from a process that has imported vLLM already.
+- data-rank: V1 as one of the data-parallel ranks that data_ranks.py starts for a job with "ranks": a list of batches for
+  each rank in the place of "batches", and a list of answers as its answer. Such jobs of v1-graphs and v2 start ranks of
+  these.
 """
 
 import gc
@@ -31,7 +34,7 @@ from functools import cache
 from itertools import count
 from unittest.mock import patch
 
-from harness import host_reads, interpreter
+from harness import data_ranks, host_reads, interpreter
 
 METRICS = ("yocou_self_decoder_rows", "yocou_cross_decoder_rows", "yocou_skipped_rows", "num_preemptions")
 DEFAULTS = dict(
@@ -138,11 +141,26 @@ def aborting(llm, batch: list[dict]):
         yield
 
 
+def counted_calls() -> Counter:
+    """Calls of the cross-decoder, and the rows in them, read or not."""
+    from vllm_yocou.serving.model import CrossDecoder
+
+    calls, call = Counter(), CrossDecoder.__call__
+
+    def counted(self, positions_M, *args):
+        calls["cross_decoder_calls"] += 1
+        calls["cross_decoder_called_rows"] += len(positions_M)
+        return call(self, positions_M, *args)
+
+    CrossDecoder.__call__ = counted
+    return calls
+
+
 class RunnerEngines:
     """Starts engines of a runner and asks them; what it changes in vLLM stays for the life of the process."""
 
     def __init__(self, runner: str):
-        self.v2 = runner.startswith("v2")
+        self.runner, self.v2 = runner, runner.startswith("v2")
         self.settings = DEFAULTS | (TWO_RANKS if runner == "two-ranks" else {})
         # First: importing vLLM looks for Triton, once.
         if self.v2:
@@ -161,6 +179,7 @@ class RunnerEngines:
         from harness.engines import know_the_model_class
 
         know_the_model_class()
+        self.calls = counted_calls()
         if runner == "v1":
             host_reads.refuse_in_forward_passes()
 
@@ -168,6 +187,8 @@ class RunnerEngines:
         from vllm import LLM
         from vllm.distributed import cleanup_dist_env_and_memory
 
+        if "ranks" in job:
+            return data_ranks.answer(self.runner, job)
         llm = None
         try:
             llm = LLM(job["checkpoint"], **self.settings | job["settings"])
@@ -216,9 +237,10 @@ class RunnerEngines:
         found = llm.get_metrics()
         counted = {name: sum(entry.value for entry in found if entry.name == f"vllm:{name}") for name in METRICS}
         kernels = {name: self.kernels[name] for name in ("window_step", "global_write", "cross_attention")}
+        called = {name: self.calls[name] for name in ("cross_decoder_calls", "cross_decoder_called_rows")}
         if connector := sys.modules.get("harness.kv_connector"):
-            counted |= connector.counts()
-        return counted | kernels | {"graph_captures": self.graphs.captures, "graph_replays": self.graphs.replays}
+            called |= connector.counts()
+        return counted | kernels | called | {"graph_captures": self.graphs.captures, "graph_replays": self.graphs.replays}
 
 
 def main() -> None:

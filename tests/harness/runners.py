@@ -25,7 +25,7 @@ RUNNERS = {
     "v2": IN_PROCESS,
     "v2-triton": IN_PROCESS,
     # One core for each rank; vLLM would give all cores to the first.
-    "two-ranks": {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+    "two-ranks": IN_PROCESS | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
 }
 END_S = 60
 
@@ -80,7 +80,18 @@ class EngineProcess:
         Raises:
             JobFailed: with the error of the engine. The process is ready for the next job unless it died.
         """
-        job = {"checkpoint": str(checkpoint), "settings": settings, "batches": batches, "calls": calls}
+        answer = self.ask({"checkpoint": str(checkpoint), "settings": settings, "batches": batches, "calls": calls})
+        return batches_of(answer)
+
+    def run_ranks(self, checkpoint: Path, ranks: list[list[list[dict]]], **settings) -> list[list[Batch]]:
+        """As `run`, with batches for each of some data-parallel ranks, which end every batch together.
+
+        A rank without requests in a batch is idle, and only takes the steps of the others.
+        """
+        answer = self.ask({"checkpoint": str(checkpoint), "settings": settings, "ranks": ranks})
+        return [batches_of(of_rank) for of_rank in answer["ranks"]]
+
+    def ask(self, job: dict) -> dict:
         with suppress(BrokenPipeError):  # where it died between two jobs, there is no answer either
             print(json.dumps(job), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
@@ -91,10 +102,7 @@ class EngineProcess:
         answer = json.loads(line)
         if "error" in answer:
             raise JobFailed(answer["error"])
-        return [
-            Batch([request_output(plain) for plain in it["outputs"]], it["metrics"], it["refusals"])
-            for it in answer["batches"]
-        ]
+        return answer
 
     def close(self) -> None:
         """Let it end by itself, which it does after its current job."""
@@ -142,6 +150,13 @@ def engine_processes(tmp_path_factory):
 def engine_process(request, engine_processes) -> EngineProcess:
     """The process of the runner that `indirect` parametrization names, of V1 by default."""
     return engine_processes.of(getattr(request, "param", "v1"))
+
+
+def batches_of(answer: dict) -> list[Batch]:
+    return [
+        Batch([request_output(plain) for plain in it["outputs"]], it["metrics"], it["refusals"])
+        for it in answer["batches"]
+    ]
 
 
 def request_output(plain: dict) -> SimpleNamespace:

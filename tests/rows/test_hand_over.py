@@ -30,9 +30,14 @@ def test_a_steps_rows_go_with_its_metadata():
     slots, step = RowSlots(4), StepRows(torch.tensor([3, 7]), 1)
     metadata, other = object(), object()
     assert slots.of(metadata) is None
-    slots.put(metadata, step)
-    assert slots.of(metadata) is step
-    with pytest.raises(RuntimeError, match="not what YOCO-U's builder made for it"):
-        slots.of(other)
-    slots.put(other, None)
+    slots.put(metadata, step, wanted=2)
+    assert slots.of(metadata) is step and slots.wanted_of(metadata) == 2
+    for ask in (slots.of, slots.wanted_of):
+        with pytest.raises(RuntimeError, match="not what YOCO-U's builder made for it"):
+            ask(other)
+    slots.put(other, None, wanted=7)
     assert slots.of(other) is None and slots.of(metadata) is None
+    # Nobody reads anything of a step without metadata, and of all rows it matters whose they are.
+    assert slots.wanted_of(other) == 7 and slots.wanted_of(None) == 0
+    with pytest.raises(RuntimeError, match="not what YOCO-U's builder made for it"):
+        slots.wanted_of(metadata)

@@ -67,9 +67,9 @@ def test_no_head_where_no_row_ran():
     slots, hidden_RD = RowSlots(4, PrefillNode(1)), torch.zeros(2, 3)
     global_kv = SimpleNamespace(cache=SimpleNamespace(rows=slots))
     of_model = SimpleNamespace(model=SimpleNamespace(global_kv=global_kv), config=SimpleNamespace(vocab_size=5))
-    slots.put(object(), StepRows(torch.empty(0, dtype=torch.int64), 0))
+    slots.put(object(), StepRows(torch.empty(0, dtype=torch.int64), 0), 0)
     assert YocoUForCausalLM.compute_logits(of_model, hidden_RD).argmax(-1).tolist() == [1, 1]
-    slots.put(object(), StepRows(torch.tensor([3]), 1))
+    slots.put(object(), StepRows(torch.tensor([3]), 1), 1)
     with pytest.raises(AttributeError, match="logits_processor"):
         YocoUForCausalLM.compute_logits(of_model, hidden_RD)
 

@@ -56,11 +56,15 @@ def settings(**changed) -> SimpleNamespace:
     parts = dict(
         additional_config={},
         model_config=SimpleNamespace(runner_type="generate", is_moe=False),
+        lora_config=None,
         parallel_config=SimpleNamespace(use_ubatching=False, data_parallel_size=2),
         speculative_config=None,
         use_v2_model_runner=False,
     )
     return SimpleNamespace(**parts | changed)
+
+
+MIXTURE = SimpleNamespace(runner_type="generate", is_moe=True)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +73,9 @@ def settings(**changed) -> SimpleNamespace:
         ({}, None),
         (dict(additional_config={"yocou": {"skip_rows": False}}), "skip_rows is off"),
         (dict(model_config=SimpleNamespace(runner_type="pooling")), "pooling"),
-        (dict(model_config=SimpleNamespace(runner_type="generate", is_moe=True)), "data-parallel ranks that share"),
+        (dict(lora_config=object()), None),
+        (dict(model_config=MIXTURE), None),
+        (dict(model_config=MIXTURE, lora_config=object()), "adapters of ranks that share"),
         (dict(parallel_config=SimpleNamespace(use_ubatching=True)), "micro-batches"),
         (dict(speculative_config=object()), "V1 runner does not say"),
         (dict(speculative_config=object(), use_v2_model_runner=True), None),
@@ -94,3 +100,18 @@ def test_a_prompt_of_somebodys_begins_a_request(warms_up, begins, req_idx):
     assert not selector.begins_a_request(batch)
     batch.is_prefilling = None  # what vLLM builds to capture or to warm up may not say
     assert not selector.begins_a_request(batch)
+
+
+def test_a_batch_that_vllm_made_up_has_no_context():
+    """As vLLM's V2 runner gives an idle rank's; a real request either begins or has tokens before its rows."""
+
+    def made_up(contexts: list[int], prefilling: list[bool]) -> bool:
+        batch = SimpleNamespace(
+            query_start_loc_cpu=torch.tensor([0, 1, 3]),
+            seq_lens_cpu_upper_bound=torch.tensor([*contexts, 9]),  # the last is padding
+            is_prefilling=torch.tensor([*prefilling, False]),
+        )
+        return RowSelector.is_made_up(batch)
+
+    assert made_up([1, 2], [False, False])
+    assert not made_up([2, 2], [False, False]) and not made_up([1, 2], [True, False])

@@ -3,12 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 from vllm.platforms import current_platform
 
 from vllm_yocou.serving.clamped_experts import CLAMPING, check_clamp
-from vllm_yocou.serving.looped_experts import clamped_experts
 
 
 def check(monkeypatch, experts: str | None, quantized: bool, cpu: bool = False) -> None:
@@ -41,22 +39,3 @@ def test_kernels_that_clamp_are_kept(quantized, monkeypatch):
 def test_kernels_that_may_not_are_refused(experts, quantized, cpu, sentence, monkeypatch):
     with pytest.raises(ValueError, match=rf"^swiglu_limit 10.0 cannot be used with {sentence}"):
         check(monkeypatch, experts, quantized, cpu)
-
-
-def test_the_loop_is_the_definition():
-    """Row by row in float64; one of the experts is chosen by nobody."""
-    torch.manual_seed(0)
-    N, X, E, F, k, limit = 9, 8, 5, 6, 2, 0.5
-    x_NX, gate_up_EFX, down_EXF = torch.randn(N, X), torch.randn(E, 2 * F, X), torch.randn(E, X, F)
-    weights_Nk, chosen_Nk = torch.rand(N, k), torch.stack([torch.randperm(E - 1)[:k] for _ in range(N)])
-    out_NX = torch.empty(N, X)
-    clamped_experts(out_NX, x_NX, gate_up_EFX, down_EXF, weights_Nk, chosen_Nk, limit)
-    for row in range(N):
-        expected = torch.zeros(X, dtype=torch.float64)
-        for slot, expert in enumerate(chosen_Nk[row]):
-            products = gate_up_EFX[expert].double() @ x_NX[row].double()
-            gates, ups = products[:F].clamp(max=limit), products[F:].clamp(-limit, limit)
-            assert (products[:F] < -limit).any()  # what a lower bound of the gates would change
-            h = gates / (1 + torch.exp(-gates)) * ups
-            expected += weights_Nk[row, slot].double() * (down_EXF[expert].double() @ h)
-        torch.testing.assert_close(out_NX[row].double(), expected, atol=1e-5, rtol=0)

@@ -54,6 +54,31 @@ def test_both_engines_answer_as_the_reference(client, server, tokenizer, referen
     assert all(0 < skipped[engine] <= answered[engine] * (len(prompt) - 1) for engine in answered)
 
 
+def test_engines_skip_beside_each_other_and_beside_an_idle_one(client, server, tokenizer, reference):
+    """Each request goes to the engine that it names; neither text begins as another does that an engine has seen."""
+    long = tokenizer.encode("Now therefore give not your daughters unto their sons, neither take their daughters: " * 3)
+    short = tokenizer.encode("Blessed are the meek")
+
+    def to(engine: int) -> dict:
+        return {"extra_headers": {"X-data-parallel-rank": str(engine)}}
+
+    def moved(name: str, before: dict) -> list[float]:
+        return [server.metric(name)[engine] - before[engine] for engine in "01"]
+
+    for engine in (0, 1):  # whose counters are there from its first request on
+        complete(client, server, [engine + 5, 7], 1, **to(engine))
+    rows, skipped = "vllm:yocou_cross_decoder_rows_total", "vllm:yocou_skipped_rows_total"
+    ran, left_out = server.metric(rows), server.metric(skipped)
+    stream = complete(client, server, short, 60, stream=True, **to(1))
+    tokens = list(next(stream).choices[0].token_ids)  # from now on it is in decode
+    assert complete(client, server, long, 2, **to(0)).choices[0].token_ids == greedy(reference, long, 2)
+    tokens += [token for part in stream for token in part.choices[0].token_ids or []]
+    assert tokens == greedy(reference, short, 60)
+    assert (moved(rows, ran), moved(skipped, left_out)) == ([2, 60], [len(long) - 1, len(short) - 1])
+    assert complete(client, server, long[1:], 2, **to(0)).choices[0].token_ids == greedy(reference, long[1:], 2)
+    assert (moved(rows, ran), moved(skipped, left_out)) == ([4, 60], [2 * len(long) - 3, len(short) - 1])
+
+
 def test_the_tool_parser_finds_calls_in_the_text(client, server):
     text = '<tool_call>\n{"name": "find_verse", "arguments": {"book": "Exodus", "chapter": 2}}\n</tool_call>'
     settings = dict(model=server.model, messages=ASK, tools=[TOOL], temperature=0, max_tokens=120)

@@ -69,6 +69,6 @@ def test_other_caches_and_chunks_are_left_to_vllm():
     layer = SimpleNamespace(rows=RowSlots(4))
     for most_rows, dtype in ((2, torch.float32), (1, torch.uint8)):
         metadata = SimpleNamespace(max_query_len=2, num_actual_tokens=2, seq_lens=torch.zeros(9))
-        layer.rows.put(metadata, StepRows(torch.tensor([0, 1]), most_rows))
+        layer.rows.put(metadata, StepRows(torch.tensor([0, 1]), most_rows), 2)
         cache = torch.zeros(1, 2, 16, 32, dtype=dtype)
         assert implementation.forward(layer, query_MHd, None, None, cache, metadata, output) == "vLLM's"

@@ -93,10 +93,16 @@ class RowSlots:
         self.map_adapters: Callable[[np.ndarray], None] | None = None
         self._metadata: object = None
         self._step: StepRows | None = None
+        self._wanted = 0
 
-    def put(self, metadata: object, step: StepRows | None) -> None:
-        """Set by the global cache's metadata builder, with the attention metadata that it built; None for all rows."""
-        self._metadata, self._step = metadata, step
+    def put(self, metadata: object, step: StepRows | None, wanted: int) -> None:
+        """Set by the global cache's metadata builder, with the attention metadata that it built.
+
+        Args:
+            step: None for all rows.
+            wanted: how many rows of the step somebody reads.
+        """
+        self._metadata, self._step, self._wanted = metadata, step, wanted
 
     def of(self, metadata: object) -> StepRows | None:
         """Read by the model and its kernels, with the attention metadata that they are given; None for all rows.
@@ -105,12 +111,27 @@ class RowSlots:
             RuntimeError: the metadata is not that of the step whose rows were selected, so queries would go to wrong
                 keys. No vLLM that is supported does that.
         """
-        if self._step is not None and metadata is not self._metadata:
+        if self._step is not None:
+            self._check(metadata)
+        return self._step
+
+    def wanted_of(self, metadata: object) -> int:
+        """How many rows of the step somebody reads; none where vLLM runs it without metadata.
+
+        Raises:
+            RuntimeError: as for `of`.
+        """
+        if metadata is None:
+            return 0
+        self._check(metadata)
+        return self._wanted
+
+    def _check(self, metadata: object) -> None:
+        if metadata is not self._metadata:
             raise RuntimeError(
                 "the attention metadata of this step is not what YOCO-U's builder made for it, so its rows cannot be "
                 'selected: set {"yocou": {"skip_rows": false}} in --additional-config.'
             )
-        return self._step
 
     @property
     def none_runs(self) -> bool:

@@ -102,6 +102,14 @@ class RowSelector:
         index = self.table_index(batch)
         return bool((batch.is_prefilling[: len(index)].numpy() & ~self.requests.warms_up[index]).any())
 
+    @staticmethod
+    def is_made_up(batch: "CommonAttentionMetadata") -> bool:
+        """Whether vLLM made the batch up, as an idle data-parallel rank's: real decodes have a context before them."""
+        assert batch.is_prefilling is not None and batch.seq_lens_cpu_upper_bound is not None  # both runners give them
+        rows = batch.query_start_loc_cpu.diff()
+        has_context = bool((batch.seq_lens_cpu_upper_bound[: len(rows)] > rows).any())
+        return not has_context and not bool(batch.is_prefilling.any())
+
     def table_index(self, batch: "CommonAttentionMetadata") -> np.ndarray:
         """Where the batch's requests stand in the table; what the batch has after them is padding."""
         # V2's batches name each request's index in its table, V1's batches are that table.
@@ -116,8 +124,9 @@ def why_all_rows(vllm_config: "VllmConfig") -> str | None:
         return "skip_rows is off"
     if vllm_config.model_config.runner_type == "pooling":
         return "pooling reads the hidden states of all rows"
-    if vllm_config.model_config.is_moe and vllm_config.parallel_config.data_parallel_size > 1:
-        return "data-parallel ranks that share experts exchange all rows of a step"
+    shares_experts = vllm_config.model_config.is_moe and vllm_config.parallel_config.data_parallel_size > 1
+    if shares_experts and vllm_config.lora_config is not None:
+        return "adapters of ranks that share experts are mapped to all rows of a step"
     if vllm_config.parallel_config.use_ubatching:
         return "micro-batches have no request indices"
     if is_breakable_cudagraph_enabled():

@@ -135,7 +135,7 @@ ATTENTION = (
         "vllm.forward_context:ForwardContext",
         "a step's metadata and layers are in it",
         "serving/test_model.py",
-        has="attn_metadata batch_descriptor cudagraph_runtime_mode no_compile_layers",
+        has="attn_metadata batch_descriptor cudagraph_runtime_mode dp_metadata no_compile_layers",
     ),
     Seam("vllm.forward_context:get_forward_context", "a step's metadata and layers are in it", "serving/test_model.py"),
 )

@@ -94,17 +94,17 @@ LAYERS = (
     ),
     Seam(
         "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts",
-        "on a CPU a loop of the plugin's own clamps what experts compute",
-        "serving/test_clamped_experts.py",
+        "on a CPU a loop of the plugin's own computes experts",
+        "serving/test_looped_experts.py",
         has="output_alignment process_weights_after_loading",
         mentions="moe_config",
         only="cpu",
     ),
     Seam(
         "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.apply",
-        "on a CPU a loop of the plugin's own clamps what experts compute",
-        "serving/test_clamped_experts.py",
-        takes="output hidden_states w1 w2 topk_weights topk_ids",
+        "on a CPU a loop of the plugin's own computes experts",
+        "serving/test_looped_experts.py",
+        takes="output hidden_states w1 w2 topk_weights topk_ids activation global_num_experts expert_map",
         only="cpu",
     ),
     Seam(

@@ -28,6 +28,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 
 from vllm_yocou.rows.hand_over import StepRows, row_slots
 from vllm_yocou.rows.metrics import RowCounters
+from vllm_yocou.rows.ranks import share_experts
 from vllm_yocou.rows.selection import RowSelector, SelectedRows
 from vllm_yocou.workarounds import check_cache_dtype, widen_decode_scratch
 
@@ -180,6 +181,7 @@ class RowSelecting:
         widen_decode_scratch(self, kv_cache_spec.head_size)
         (self.slots,) = row_slots(vllm_config)
         self.selector = RowSelector(vllm_config, self.slots.requests)
+        self.shares_experts = share_experts(vllm_config)
         self.counters = RowCounters(vllm_config) if get_tensor_model_parallel_rank() == 0 else None
         self.serving = False  # from the first request on; steps before it warm up
         self.capturing = False
@@ -201,11 +203,14 @@ class RowSelecting:
             if self.slots.map_adapters is not None:
                 self.slots.map_adapters(selected.rows_M)
         metadata = super().build(common_prefix_len, reduced, fast_build)  # type: ignore[misc]  # a builder's
-        self.slots.put(metadata, None if selected is None else self.on_device(selected))
-        if self.counters is not None and not self.capturing:
+        run = rows if selected is None else len(selected.rows_M)
+        # Only ranks that share experts take the steps of others while they are idle.
+        made_up = self.shares_experts and self.selector.is_made_up(batch)
+        self.slots.put(metadata, None if selected is None else self.on_device(selected), 0 if made_up else run)
+        if self.counters is not None and not self.capturing and not made_up:
             self.serving = self.serving or self.selector.begins_a_request(batch)
             if self.serving:
-                self.counters.count(rows, rows if selected is None else len(selected.rows_M))
+                self.counters.count(rows, run)
         return metadata
 
     def on_device(self, selected: SelectedRows) -> StepRows:

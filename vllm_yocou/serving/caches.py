@@ -151,10 +151,19 @@ class GlobalCache(Cache, RowOwner):
 
     def step_rows(self) -> StepRows | None:
         """The rows of this step that `attend` takes; None if it takes all."""
+        metadata = self.step_metadata()
+        return None if metadata is None else self.rows.of(metadata)
+
+    def wanted_rows(self) -> int:
+        """How many of this step's rows in the cross-decoder somebody reads."""
+        return self.rows.wanted_of(self.step_metadata())
+
+    def step_metadata(self) -> Any:
+        """Of this step's attention over the cache; None where vLLM runs it without."""
         metadata = get_forward_context().attn_metadata
         if isinstance(metadata, list):  # as vLLM's attention op reads it
             metadata = metadata[0]
-        return None if metadata is None else self.rows.of(metadata[self.layer_name])
+        return None if metadata is None else metadata[self.layer_name]
 
     def spec(self, block_size: int) -> GlobalCacheSpec:
         return GlobalCacheSpec(block_size=block_size, **self.spec_arguments())

@@ -1,6 +1,6 @@
-"""Routed experts whose SwiGLU is clamped are computed by kernels that clamp, or the model is refused.
+"""Experts that clamp, or that ranks share on a CPU, are computed by what can do that, or the model is refused.
 
-Most of vLLM's kernels for experts ignore the limit in silence.
+Most of vLLM's kernels for experts ignore the limit in silence, and those for a CPU that other experts are other ranks'.
 """
 
 from vllm.model_executor.layers.fused_moe import MoERunner, UnquantizedFusedMoEMethod
@@ -21,9 +21,9 @@ def check_clamp(runner: MoERunner) -> None:
     method, limit = runner.routed_experts.quant_method, runner.moe_config.swiglu_limit
     unquantized = type(method) is UnquantizedFusedMoEMethod
     if unquantized and current_platform.is_cpu():
-        from vllm_yocou.serving.looped_experts import LoopedMethod  # not before: what it extends is a CPU's
+        from vllm_yocou.serving.looped_experts import loop_over_experts  # not before: what it extends is a CPU's
 
-        runner._replace_quant_method(LoopedMethod(runner.moe_config))
+        loop_over_experts(runner)
         return
     experts = getattr(getattr(method, "experts_cls", None), "__name__", type(method).__name__)
     if experts not in CLAMPING:
@@ -36,3 +36,14 @@ def check_clamp(runner: MoERunner) -> None:
             f"swiglu_limit {limit} cannot be used with vLLM's {experts}: they do not clamp what routed experts "
             f"compute, {remedy}."
         )
+
+
+def pass_over_other_ranks(runner: MoERunner) -> None:
+    """With expert parallelism on a CPU, have a rank compute its own experts alone; called as `check_clamp` is.
+
+    Quantized experts do not come here: the engine settings refuse them.
+    """
+    if runner.moe_config.use_ep and current_platform.is_cpu():
+        from vllm_yocou.serving.looped_experts import loop_over_experts
+
+        loop_over_experts(runner)

@@ -115,11 +115,6 @@ def check_experts_on_cpu(vllm_config: "VllmConfig") -> None:
             f"{key} {getattr(config, key)} cannot be used with a mixture of experts on a CPU: vLLM's experts take "
             f"multiples of {CPUUnquantizedExperts.output_alignment}, serve the model on a GPU."
         )
-    if vllm_config.parallel_config.data_parallel_size > 1:
-        raise ValueError(
-            "--data-parallel-size cannot be used with a mixture of experts on a CPU: vLLM's ranks share the experts "
-            "and cannot exchange tokens there, start one server for each engine."
-        )
     if vllm_config.lora_config is not None:
         raise ValueError(
             "--enable-lora cannot be used with a mixture of experts on a CPU: vLLM computes experts with adapters in "

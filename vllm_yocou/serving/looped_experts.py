@@ -1,57 +1,74 @@
-"""Clamped experts on a CPU, where no kernel of vLLM's clamps: a loop over the experts that rows have chosen.
+"""Experts on a CPU in a loop over those that rows have chosen, where no kernel of vLLM's computes the right thing.
 
-Shapes: N rows, R rows of one expert, X width that experts read and write, E experts, F their own width, k experts that
-a row uses.
+None of its kernels clamps, and none passes over the experts of other ranks.
+
+Shapes: N rows, R rows of one expert, X width that experts read and write, E experts of this rank, F their own width, k
+experts that a row uses.
 """
 
 from typing import Any
 
 import torch
 from torch.nn import functional as F
-from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe import MoERunner, UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.utils.torch_utils import direct_register_custom_op
 
 
-def clamped_experts(
+def loop_over_experts(runner: MoERunner) -> None:
+    """Have unquantized experts computed by the loop; called before their weights are loaded."""
+    runner._replace_quant_method(LoopedMethod(runner.moe_config))
+
+
+def looped_experts(
     out_NX: torch.Tensor,
     x_NX: torch.Tensor,
     gate_up_EFX: torch.Tensor,
     down_EXF: torch.Tensor,
     weights_Nk: torch.Tensor,
     chosen_Nk: torch.Tensor,
-    limit: float,
+    own: torch.Tensor | None,
+    limit: float | None,
 ) -> None:
-    """Write the weighted sum of each row's experts into `out_NX`; the rows of `gate_up_EFX` are F gates, then F ups.
+    """Write the weighted sum of each row's experts on this rank into `out_NX`.
+
+    The rows of `gate_up_EFX` are F gates, then F ups. `own` gives the place of each expert of all ranks among the E,
+    -1 for one of another rank's; None where all are this rank's.
 
     An operator, since compiled code cannot loop over the experts that rows have chosen.
     """
     sum_NX = torch.zeros_like(x_NX, dtype=torch.float32)
-    for expert in map(int, chosen_Nk.unique()):
-        rows, slots = (chosen_Nk == expert).nonzero(as_tuple=True)
+    places_Nk = chosen_Nk if own is None else own[chosen_Nk]
+    for expert in map(int, places_Nk.unique()):
+        if expert < 0:
+            continue
+        rows, slots = (places_Nk == expert).nonzero(as_tuple=True)
         gate_RF, up_RF = F.linear(x_NX[rows], gate_up_EFX[expert]).chunk(2, dim=-1)
-        h_RF = F.silu(gate_RF.clamp(max=limit)) * up_RF.clamp(-limit, limit)
+        if limit is not None:
+            gate_RF, up_RF = gate_RF.clamp(max=limit), up_RF.clamp(-limit, limit)
+        h_RF = F.silu(gate_RF) * up_RF
         sum_NX.index_add_(0, rows, F.linear(h_RF, down_EXF[expert]) * weights_Nk[rows, slots, None].float())
     out_NX.copy_(sum_NX)
 
 
-def clamped_experts_fake(
+def looped_experts_fake(
     out_NX: torch.Tensor,
     x_NX: torch.Tensor,
     gate_up_EFX: torch.Tensor,
     down_EXF: torch.Tensor,
     weights_Nk: torch.Tensor,
     chosen_Nk: torch.Tensor,
-    limit: float,
+    own: torch.Tensor | None,
+    limit: float | None,
 ) -> None:
     return None
 
 
 direct_register_custom_op(
-    op_name="yocou_clamped_experts",
-    op_func=clamped_experts,
+    op_name="yocou_looped_experts",
+    op_func=looped_experts,
     mutates_args=["out_NX"],
-    fake_impl=clamped_experts_fake,
+    fake_impl=looped_experts_fake,
 )
 
 
@@ -69,12 +86,16 @@ class LoopedExperts(CPUUnquantizedExperts):
         w2: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
+        activation: Any,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
         *args: Any,
         **kwargs: Any,
     ) -> None:
         limit = self.moe_config.swiglu_limit
-        assert limit is not None
-        torch.ops.vllm.yocou_clamped_experts(output, hidden_states, w1, w2, topk_weights, topk_ids, limit)
+        torch.ops.vllm.yocou_looped_experts(
+            output, hidden_states, w1, w2, topk_weights, topk_ids, expert_map, limit
+        )
 
 
 class LoopedMethod(UnquantizedFusedMoEMethod):

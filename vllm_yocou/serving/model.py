@@ -27,6 +27,7 @@ from vllm.sequence import IntermediateTensors
 from vllm_yocou.checkpoints.verify import verified
 from vllm_yocou.config import YocoUConfig
 from vllm_yocou.options import Options
+from vllm_yocou.rows.ranks import Ranks
 from vllm_yocou.rows.selection import why_all_rows
 from vllm_yocou.serving.caches import GlobalCache, packing_of, uses_kernels, window_caches
 from vllm_yocou.serving.compilation import (
@@ -107,6 +108,7 @@ class YocoUModel(nn.Module):
                 vllm_config=vllm_config, cache=self.global_kv.cache, prefix=f"{prefix}.cross_decoder"
             )
         self.norm = stream_norm(config)
+        self.ranks = Ranks.of(vllm_config)
         self.adapters: SelectedRowsAdapters | None = None
         if get_tensor_model_parallel_rank() == 0:
             for line in self.describe(vllm_config):
@@ -155,18 +157,28 @@ class YocoUModel(nn.Module):
             assert input_ids_N is not None  # vLLM gives one of the two
             x_ND = self.embed_tokens(input_ids_N).to(self.stream_dtype) * self.embedding_multiplier
         x_ND = x_ND.to(self.stream_dtype)
+        cache = self.global_kv.cache
+        step = cache.step_rows()
+        agreement = None if self.ranks is None else self.ranks.agree(cache.wanted_rows(), skips=step is not None)
         for iteration in self.iterations[:1] if self.is_discarded() else self.iterations:
             x_ND = self.self_decoder(positions_N, x_ND, iteration)
         written = self.global_kv(positions_N, x_ND)
-        step = self.global_kv.cache.step_rows()
-        if step is None:
+        shares = None if agreement is None else agreement.shares()
+        if step is None and shares is None:
             return self.norm(self.cross_decoder(positions_N, x_ND, written))
-        rows_M = step.rows_M
         # The rows left out stay zero: nobody reads them (rows/selection.py).
         out_ND = torch.zeros_like(x_ND, dtype=self.dtype)
-        if len(rows_M):
-            with without_piecewise_graphs(), self.adapters.in_force() if self.adapters else nullcontext():
-                out_ND[rows_M] = self.norm(self.cross_decoder(positions_N[rows_M], x_ND[rows_M], written))
+        wanted = cache.wanted_rows()
+        if shares.nobody_calls if shares else not wanted:
+            return out_ND
+        # Where other ranks wait for this one, a row that nobody reads takes part; padding comes after the real rows.
+        rows_M = step.rows_M if step is not None and wanted else slice(max(wanted, 1))
+        with (
+            without_piecewise_graphs(),
+            shares.in_force() if shares else nullcontext(),
+            self.adapters.in_force() if self.adapters else nullcontext(),
+        ):
+            out_ND[rows_M] = self.norm(self.cross_decoder(positions_N[rows_M], x_ND[rows_M], written))
         return out_ND
 
 
