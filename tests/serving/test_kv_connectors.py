@@ -5,16 +5,20 @@ NaN for what was not waited for. A store outlives its engine, within the process
 """
 
 from math import ceil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from harness import tiny
 from harness.engine_process import GREEDY
-from harness.kv_connector import transfer
+from harness.kv_connector import MemoryConnector, Page, Step, WrongHook, store, transfer
 from harness.oracle import check
 from harness.runners import Batch, EngineProcess
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from vllm_yocou.config import YocoUConfig
 
+WAIT, SAVE = "wait_for_layer_load", "save_kv_layer"
 CHUNK, WINDOW_PAGE = 37, 32
 SHORT, LONG = [tiny.prompt(length) for length in (1, 9, CHUNK, 100, 150)], tiny.prompt(250)
 UNSEEN = tiny.prompt(60, seed=5)
@@ -43,6 +47,57 @@ BATCHES = {
     ],
     "after the aborted": requests([tiny.prompt(200, seed) for seed in (1, 2, 3, 4)]),
 }
+
+
+def step_of_two_layers(step: Step, hooks: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
+    """What the engine's memory of layers "0" and "1" is after a step that calls `hooks`; "1" is loaded from ones."""
+    spec = SimpleNamespace(block_size=4, sliding_window=None)
+    groups = [SimpleNamespace(layer_names=["0", "1"], kv_cache_spec=spec)]
+    settings = transfer("of two layers")
+    config = SimpleNamespace(kv_transfer_config=SimpleNamespace(**settings))
+    connector = MemoryConnector(config, KVConnectorRole.WORKER, SimpleNamespace(kv_cache_groups=groups))
+    connector.store.failures = 0
+    memory = {name: torch.zeros(3, 1, 4, 2) for name in ("0", "1")}
+    connector.register_kv_caches(memory)
+    connector.bind_connector_metadata(step)
+    connector.start_load_kv(None)
+    for hook, layer in hooks:
+        getattr(connector, hook)(*(layer, memory[layer], None) if hook == SAVE else (layer,))
+    connector.wait_for_save()
+    return memory
+
+
+ALL_HOOKS = [(WAIT, "0"), (SAVE, "0"), (WAIT, "1"), (SAVE, "1")]
+
+
+@pytest.mark.parametrize(
+    "computes, hooks, reason",
+    [
+        (True, [*ALL_HOOKS[:2], *ALL_HOOKS], "0 is waited for twice"),
+        (True, [*ALL_HOOKS, (SAVE, "1")], "1 is saved twice"),
+        (True, [(SAVE, "0"), (WAIT, "0")], "or before it is waited for"),
+        (True, ALL_HOOKS[:3], r"\['1'\] are not saved"),
+        (True, ALL_HOOKS[2:], r"\['0'\] are not waited for"),
+        (False, ALL_HOOKS, "in a step without a forward pass"),
+    ],
+)
+def test_the_connector_ends_an_engine_that_calls_wrong_hooks(computes, hooks, reason):
+    step_of_two_layers(Step(computes), ALL_HOOKS if computes else [])
+    with pytest.raises(WrongHook, match=reason):
+        step_of_two_layers(Step(computes), hooks)
+
+
+def test_the_connector_hands_out_nothing_before_it_is_waited_for():
+    page = Page("request", (1, 2), "1", block=2, key=("1", (1, 2), 0))
+    store("of two layers").pages = {page.key: torch.ones(1, 4, 2)}
+    memory = step_of_two_layers(Step(True, loads=[page]), ALL_HOOKS)
+    assert (memory["1"][2] == 1).all() and not memory["1"][:2].any() and not memory["0"].any()
+    memory = step_of_two_layers(Step(False, loads=[page]), [])
+    assert memory["1"][2].isnan().all()
+    lost = Page("request", (1, 2), "0", block=2, key=("0", (1, 2), 0))
+    store("of two layers").pages[lost.key] = torch.full((1, 4, 2), float("nan"))
+    with pytest.raises(WrongHook, match="never loaded"):
+        step_of_two_layers(Step(True, loads=[lost], saves=[Page("other", (3,), "0", 2, ("0", (3,), 0))]), ALL_HOOKS)
 
 
 class Sizes:

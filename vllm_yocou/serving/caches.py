@@ -6,7 +6,7 @@ Both are vLLM `Attention` layers, so its runners bind their memory and build the
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
@@ -17,7 +17,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import get_attention_context, unified_kv_cache_update
 from vllm.model_executor.layers.attention.kv_transfer_utils import maybe_transfer_kv_layer
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
-from vllm.v1.attention.backend import AttentionBackend, AttentionLayer
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, get_kv_quant_mode
 
 from vllm_yocou.options import Options
@@ -263,8 +263,7 @@ def write_and_attend_window(
     this step has written into the last one.
     """
     unified_kv_cache_update(k_NKd, v_NKd, layer_name)
-    metadata, cache, kv_cache, _ = get_attention_context(layer_name)
-    cache.impl.forward(cast(AttentionLayer, cache), q_NHd, k_NKd, v_NKd, kv_cache, metadata, output=out_NHd)
+    attend(q_NHd, k_NKd, v_NKd, out_NHd, layer_name)
 
 
 @eager_break_during_capture
@@ -276,10 +275,20 @@ def write_global(k_NKd: torch.Tensor, v_NKd: torch.Tensor, layer_name: str) -> N
 
 @eager_break_during_capture
 def attend_global(q_MHd: torch.Tensor, out_MHd: torch.Tensor, written: torch.Tensor, layer_name: LayerNameType) -> None:
-    """What vLLM's own op does around its attention, without a KV connector's hooks; `written` orders it."""
-    metadata, cache, kv_cache, _ = get_attention_context(_resolve_layer_name(layer_name))
-    # Of a cache that another call has written, vLLM's implementations take no keys and values.
-    cache.impl.forward(cast(AttentionLayer, cache), q_MHd, None, None, kv_cache, metadata, output=out_MHd)  # type: ignore[arg-type]
+    """Attend over the global cache, into `out_MHd`; `written` orders it after the write."""
+    attend(q_MHd, None, None, out_MHd, _resolve_layer_name(layer_name))
+
+
+def attend(
+    queries: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, out: torch.Tensor, layer_name: str
+) -> None:
+    """What vLLM's own op does around its attention, without a KV connector's hooks.
+
+    Its implementations take no keys and values of a cache that another call has written.
+    """
+    metadata, cache, kv_cache, _ = get_attention_context(layer_name)
+    implementation: Any = cache.impl
+    implementation.forward(cache, queries, k, v, kv_cache, metadata, output=out)
 
 
 def without_result(*args: Any) -> None:
