@@ -64,7 +64,7 @@ def test_the_placeholder_is_put_where_no_row_ran():
 
 
 def test_no_head_where_no_row_ran():
-    slots, hidden_RD = RowSlots(4, PrefillNode(1)), torch.zeros(2, 3)
+    slots, hidden_RD = RowSlots(4, PrefillNode(1)), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
     global_kv = SimpleNamespace(cache=SimpleNamespace(rows=slots))
     of_model = SimpleNamespace(model=SimpleNamespace(global_kv=global_kv), config=SimpleNamespace(vocab_size=5))
     slots.put(object(), StepRows(torch.empty(0, dtype=torch.int64), 0), 0)

@@ -260,6 +260,8 @@ class YocoUForCausalLM(nn.Module, SupportsLoRA):
         """Logits (R, V) of hidden states (R, D); zeros, without a head, where no row of the step has run."""
         slots = self.model.global_kv.cache.rows
         if slots.none_runs:
+            # A row may have run for another rank's sake, where ranks share experts.
+            hidden_states = torch.zeros_like(hidden_states)
             logits_RV = hidden_states.new_zeros(len(hidden_states), self.config.vocab_size)
         else:
             logits_RV = self.logits_processor(self.lm_head, hidden_states)
