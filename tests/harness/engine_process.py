@@ -240,7 +240,9 @@ class RunnerEngines:
         called = {name: self.calls[name] for name in ("cross_decoder_calls", "cross_decoder_called_rows")}
         if connector := sys.modules.get("harness.kv_connector"):
             called |= connector.counts()
-        return counted | kernels | called | {"graph_captures": self.graphs.captures, "graph_replays": self.graphs.replays}
+        return (
+            counted | kernels | called | {"graph_captures": self.graphs.captures, "graph_replays": self.graphs.replays}
+        )
 
 
 def main() -> None:

@@ -53,7 +53,8 @@ class RankShares:
         before = context.dp_metadata, context.attn_metadata
         context.dp_metadata = DPMetadata(self.rows_P.clamp(min=1))
         if not self.rows_P[self.rank]:
-            context.attn_metadata = None  # attention then leaves the row alone, as in a batch that vLLM makes up
+            # Attention then leaves the row alone, as in a batch that vLLM makes up.
+            context.attn_metadata = None  # type: ignore[assignment]  # vLLM itself sets it so
         try:
             yield
         finally:
