@@ -82,9 +82,9 @@ def more(gpus: int, folder: Path) -> Iterator[Part]:
     )
     yield check("the authors' switches", of_production, "FULL_AND_PIECEWISE" if gpus else "NONE", exact)
     if gpus:
-        yield Part("sleep levels, FP8 KV cache", (*PYTEST, "tests/gpu"), LONG_S, {}, of_pytest)
+        yield Part("sleep levels, FP8 KV cache, offloading", (*PYTEST, "tests/gpu"), LONG_S, {}, of_pytest)
     else:
-        yield Part("sleep levels, FP8 KV cache", why_not="it needs a GPU")
+        yield Part("sleep levels, FP8 KV cache, offloading", why_not="it needs a GPU")
     if gpus > 1 or not gpus:
         graphs = "FULL_AND_PIECEWISE" if gpus else "NONE"
         settings = () if gpus else ("--dtype", "float32", *EAGER)

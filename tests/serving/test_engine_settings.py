@@ -25,6 +25,11 @@ REFUSED = [
     (dict(hf_overrides={"sliding_window": "wide"}), "sliding_window is 'wide': it must be a whole number"),
     (dict(hf_overrides={"diff_attention": True}), "config key 'diff_attention' is True"),
     (dict(load_format="fastsafetensors"), "--load-format fastsafetensors cannot be used on a CPU: it reads files into"),
+    (
+        dict(kv_transfer_config={"kv_connector": "MoRIIOConnector", "kv_role": "kv_both"}),
+        "the KV connector MoRIIOConnector cannot be used with YOCO-U",
+    ),
+    (dict(kv_offloading_size=1), "--kv-offloading-size cannot be used on a CPU"),
     (dict(tensor_parallel_size=3), "num_attention_heads 4 is not divisible by the tensor parallel size 3"),
     (
         dict(tensor_parallel_size=4, hf_overrides={"cross_num_attention_heads": 6}),

@@ -63,7 +63,13 @@ SETTINGS = (
         "vllm.config:CacheConfig",
         "the caches are built in its dtype",
         "serving/test_engine_settings.py",
-        has="cache_dtype kv_sharing_fast_prefill num_gpu_blocks",
+        has="cache_dtype kv_offloading_size kv_sharing_fast_prefill num_gpu_blocks",
+    ),
+    Seam(
+        "vllm.config:KVTransferConfig",
+        "KV connectors that cannot move caches which share blocks are refused",
+        "serving/test_connectors.py",
+        has="kv_buffer_device kv_connector kv_connector_extra_config kv_connector_module_path",
     ),
     Seam(
         "vllm.config:SchedulerConfig",

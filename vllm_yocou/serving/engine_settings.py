@@ -16,6 +16,7 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 
 from vllm_yocou.options import Options
 from vllm_yocou.seams.check import check_all, check_packing
+from vllm_yocou.serving.connectors import check_connectors, check_offloading
 from vllm_yocou.workarounds import (
     refuse_engines_without_memory_node,
     refuse_expert_parallel,
@@ -335,6 +336,8 @@ REFUSALS = (
     check_quantization,
     check_load_format,
     check_kernels,
+    check_connectors,
+    check_offloading,
     check_compilation_mode,
     check_packing,
 )

@@ -124,7 +124,7 @@ class GlobalKV(nn.Module):
             dc,
             self.kv_proj.num_kv_heads,
             quant_config=vllm_config.quant_config,
-            prefix=f"{cache_prefix}.0",
+            prefix=f"{cache_prefix}.0",  # the first of all caches by name: connectors.py relies on it
         )
         self.write: Callable[..., torch.Tensor] | None = None
         if self.cache.by_kernel:
