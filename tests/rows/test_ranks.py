@@ -81,7 +81,9 @@ def test_what_the_layers_see_of_the_ranks(step):
             assert vars(before) == dict(dp_metadata="of all rows", attn_metadata="of the step")
 
 
-@pytest.mark.parametrize("is_moe, engines, skip", [(True, 2, True), (False, 2, True), (True, 1, True), (True, 2, False)])
+@pytest.mark.parametrize(
+    "is_moe, engines, skip", [(True, 2, True), (False, 2, True), (True, 1, True), (True, 2, False)]
+)
 def test_only_ranks_whose_rows_may_skip_and_that_share_experts_ask(is_moe, engines, skip):
     vllm_config = SimpleNamespace(
         additional_config={"yocou": {"skip_rows": skip}},

@@ -93,9 +93,7 @@ class LoopedExperts(CPUUnquantizedExperts):
         **kwargs: Any,
     ) -> None:
         limit = self.moe_config.swiglu_limit
-        torch.ops.vllm.yocou_looped_experts(
-            output, hidden_states, w1, w2, topk_weights, topk_ids, expert_map, limit
-        )
+        torch.ops.vllm.yocou_looped_experts(output, hidden_states, w1, w2, topk_weights, topk_ids, expert_map, limit)
 
 
 class LoopedMethod(UnquantizedFusedMoEMethod):
