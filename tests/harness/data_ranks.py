@@ -22,12 +22,7 @@ def answer(runner: str, job: dict) -> dict:
     receivers, processes = [], []
     for rank, batches in enumerate(job["ranks"]):
         receiver, sender = context.Pipe(duplex=False)
-        own = {
-            "checkpoint": job["checkpoint"],
-            "settings": SETTINGS | job["settings"],
-            "batches": batches,
-            "calls": None,
-        }
+        own = dict(checkpoint=job["checkpoint"], settings=SETTINGS | job["settings"], batches=batches, calls=None)
         data_parallel = {
             "VLLM_DP_SIZE": str(ranks),
             "VLLM_DP_RANK": str(rank),

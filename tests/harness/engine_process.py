@@ -237,12 +237,11 @@ class RunnerEngines:
         found = llm.get_metrics()
         counted = {name: sum(entry.value for entry in found if entry.name == f"vllm:{name}") for name in METRICS}
         kernels = {name: self.kernels[name] for name in ("window_step", "global_write", "cross_attention")}
-        called = {name: self.calls[name] for name in ("cross_decoder_calls", "cross_decoder_called_rows")}
+        calls = {name: self.calls[name] for name in ("cross_decoder_calls", "cross_decoder_called_rows")}
+        graphs = {"graph_captures": self.graphs.captures, "graph_replays": self.graphs.replays}
         if connector := sys.modules.get("harness.kv_connector"):
-            called |= connector.counts()
-        return (
-            counted | kernels | called | {"graph_captures": self.graphs.captures, "graph_replays": self.graphs.replays}
-        )
+            calls |= connector.counts()
+        return counted | kernels | calls | graphs
 
 
 def main() -> None:

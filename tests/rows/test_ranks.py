@@ -64,9 +64,9 @@ def test_both_are_told_the_same(said, rows, mode, step):
 
 def test_nothing_is_asked_where_all_know(step):
     """Full graphs hold decodes alone and have no place for a sum; vLLM may let ranks run on their own."""
-    assert step((1, False), (1, False), mode=CUDAGraphMode.FULL) == [None, None]
+    assert step((0, True), (1, False), mode=CUDAGraphMode.FULL) == [None, None]
     with skip_dp_coordination():
-        assert step((1, False), (1, False)) == [None, None]
+        assert step((0, True), (1, False)) == [None, None]
 
 
 def test_what_the_layers_see_of_the_ranks(step):

@@ -20,15 +20,10 @@ from vllm.distributed import get_dp_group
 from vllm.forward_context import DPMetadata, get_forward_context
 from vllm.v1.worker.dp_utils import should_skip_dp_coordination
 
-from vllm_yocou.rows.selection import why_all_rows
+from vllm_yocou.rows.selection import share_experts, why_all_rows
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
-
-
-def share_experts(vllm_config: "VllmConfig") -> bool:
-    """Whether data-parallel ranks exchange rows in layers with experts."""
-    return vllm_config.model_config.is_moe and vllm_config.parallel_config.data_parallel_size > 1
 
 
 class RankShares:
@@ -54,7 +49,7 @@ class RankShares:
         context.dp_metadata = DPMetadata(self.rows_P.clamp(min=1))
         if not self.rows_P[self.rank]:
             # Attention then leaves the row alone, as in a batch that vLLM makes up.
-            context.attn_metadata = None  # type: ignore[assignment]  # vLLM itself sets it so
+            context.attn_metadata = None  # type: ignore[assignment]  # which vLLM declares for steps with requests
         try:
             yield
         finally:

@@ -116,6 +116,11 @@ class RowSelector:
         return np.arange(len(batch.is_prefilling)) if batch.req_idx is None else batch.req_idx  # type: ignore[arg-type]
 
 
+def share_experts(vllm_config: "VllmConfig") -> bool:
+    """Whether data-parallel ranks exchange rows in layers with experts."""
+    return vllm_config.model_config.is_moe and vllm_config.parallel_config.data_parallel_size > 1
+
+
 def why_all_rows(vllm_config: "VllmConfig") -> str | None:
     """Why no row may skip the cross-decoder under these settings, or None if rows may."""
     from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
@@ -124,8 +129,7 @@ def why_all_rows(vllm_config: "VllmConfig") -> str | None:
         return "skip_rows is off"
     if vllm_config.model_config.runner_type == "pooling":
         return "pooling reads the hidden states of all rows"
-    shares_experts = vllm_config.model_config.is_moe and vllm_config.parallel_config.data_parallel_size > 1
-    if shares_experts and vllm_config.lora_config is not None:
+    if share_experts(vllm_config) and vllm_config.lora_config is not None:
         return "adapters of ranks that share experts are mapped to all rows of a step"
     if vllm_config.parallel_config.use_ubatching:
         return "micro-batches have no request indices"

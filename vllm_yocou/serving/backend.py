@@ -28,8 +28,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 
 from vllm_yocou.rows.hand_over import StepRows, row_slots
 from vllm_yocou.rows.metrics import RowCounters
-from vllm_yocou.rows.ranks import share_experts
-from vllm_yocou.rows.selection import RowSelector, SelectedRows
+from vllm_yocou.rows.selection import RowSelector, SelectedRows, share_experts
 from vllm_yocou.workarounds import check_cache_dtype, widen_decode_scratch
 
 # vLLM's backends that this plugin builds on, and the KV layouts in which it runs them. The CPU's kernel reads
