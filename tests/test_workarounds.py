@@ -137,7 +137,7 @@ def test_refuse_expert_parallel():
 
 
 def test_exchange_rows_on_cpu():
-    """The communicator of a CPU has the operations from its base alone, which has none; the layer is not an operator."""
+    """A CPU's communicator has the operations from its base alone, which has none; the layer is not an operator."""
     lacks = all(
         getattr(CpuCommunicator, name) is getattr(DeviceCommunicatorBase, name)
         for name in ("all_gatherv", "reduce_scatterv")

@@ -17,9 +17,9 @@ RUNNER is one of these:
   Triton's interpreter, on the CPU and with the same results.
 - v2-triton: attention itself, too, is CUDA's Triton backend. That is slow, so it suits a few tokens only.
 - two-ranks: V1 on two workers, which are forked from a process that has imported vLLM already.
-- data-rank: V1 as one of the data-parallel ranks that data_ranks.py starts for a job with "ranks": a list of batches for
-  each rank in the place of "batches", and a list of answers as its answer. Such jobs of v1-graphs and v2 start ranks of
-  these.
+- data-rank: V1 as one of the data-parallel ranks that data_ranks.py starts for a job with "ranks": a list of batches
+  for each rank in the place of "batches", and a list of answers as its answer. Such jobs of v1-graphs and v2 start
+  ranks of these.
 """
 
 import gc

@@ -165,6 +165,8 @@ def test_what_experts_allow(tmp_path):
     configured(str(tmp_path), tensor_parallel_size=4, enable_expert_parallel=True)
     with pytest.raises(ValueError, match="--enable-expert-parallel cannot be used on a CPU with quantized weights"):
         configured(str(tmp_path), tensor_parallel_size=4, enable_expert_parallel=True, quantization="experts_int8")
+    with pytest.raises(ValueError, match="--data-parallel-size cannot be used on a CPU with a quantized mixture"):
+        configured(str(tmp_path), data_parallel_size=2, quantization="experts_int8")
     with pytest.raises(ValueError, match="50 is not divisible by the tensor parallel size 2 times the data parallel"):
         configured(str(tmp_path), tensor_parallel_size=2, data_parallel_size=2)
     with pytest.raises(ValueError, match="--enable-lora cannot be used with a mixture of experts on a CPU"):

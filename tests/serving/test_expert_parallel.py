@@ -87,7 +87,7 @@ def test_two_engines_share_experts_and_both_skip(engine_process, overrides, sett
 @pytest.mark.slow
 @pytest.mark.parametrize("engine_process", ["v1-graphs"], indirect=True)
 def test_two_engines_pad_to_each_other_and_replay(engine_process, tmp_path, both_cores):
-    """Where vLLM pads ranks to the same number of rows, for its graphs, those that skip or decode beside them do not."""
+    """Where vLLM pads ranks to one number of rows, for its graphs, those that skip or decode beside them do not."""
     model = saved(tmp_path)
     compilation = dict(mode=3, cudagraph_mode="FULL_AND_PIECEWISE", cudagraph_capture_sizes=[1, 2, 4, 8, CHUNK])
     ranks = two_engines(engine_process, model, tmp_path, compilation_config=compilation, **EXPERT_PARALLEL)

@@ -1,9 +1,9 @@
 """Data-parallel ranks that share experts call the cross-decoder together, each with rows of its own, or none calls it.
 
-In every layer with experts such ranks exchange rows, and before a step vLLM tells each of them how many rows all have. A
-rank whose prompt rows skip has fewer in the cross-decoder, and the others need to know. So every rank says how many of
-its rows somebody reads, and whether that leaves any out: two integers for each rank, summed on the host over the group
-in which vLLM agrees on the tokens of a step. The sum begins before the self-decoder and is waited for after it.
+In every layer with experts such ranks exchange rows, and before a step vLLM tells each of them how many rows all have.
+A rank whose prompt rows skip has fewer in the cross-decoder, and the others need to know. So every rank says how many
+of its rows somebody reads, and whether that leaves any out: two integers for each rank, summed on the host over the
+group in which vLLM agrees on the tokens of a step. The sum begins before the self-decoder and is waited for after it.
 
 Which rows run stays a rank's own affair (selection.py). Steps that replay a full CUDA graph do without the sum: vLLM
 replays one on all ranks or on none, and those hold decodes, which leave nothing out.

@@ -116,6 +116,11 @@ def check_experts_on_cpu(vllm_config: "VllmConfig") -> None:
             f"{key} {getattr(config, key)} cannot be used with a mixture of experts on a CPU: vLLM's experts take "
             f"multiples of {CPUUnquantizedExperts.output_alignment}, serve the model on a GPU."
         )
+    if vllm_config.parallel_config.data_parallel_size > 1 and vllm_config.model_config.quantization is not None:
+        raise ValueError(
+            "--data-parallel-size cannot be used on a CPU with a quantized mixture of experts: that the ranks exchange "
+            "rows rightly is known of experts that are not quantized, start one server for each engine."
+        )
     if vllm_config.lora_config is not None:
         raise ValueError(
             "--enable-lora cannot be used with a mixture of experts on a CPU: vLLM computes experts with adapters in "
