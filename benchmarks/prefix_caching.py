@@ -12,7 +12,7 @@ from vllm import LLM
 from benchmarks.console import progress, publish
 from benchmarks.conversations import CHATS, DOCUMENTS, Trace
 from benchmarks.replay import Clock, Pace, pool_of, replay, without_model
-from benchmarks.results import Result
+from benchmarks.results import Key, Result
 from benchmarks.tables.prefix_caching import AMPLE, DENSE, PAPER, TIMED
 from vllm_yocou.cli.sizing import KVBytes
 from vllm_yocou.config import YocoUConfig
@@ -40,7 +40,8 @@ def count(result: Result, shape: str, limit: int) -> None:
     # The model's width does not change its caches.
     cfg = config(shape, hidden_size=64, intermediate_size=64)
     llm = engine(cfg, limit, dtype=DTYPES[shape], kv_cache_memory_bytes=AMPLE_BYTES, enforce_eager=True)
-    scheduler, of = core(llm).scheduler, dict(shape=shape, limit=limit)
+    scheduler = core(llm).scheduler
+    of: dict[str, Key] = dict(shape=shape, limit=limit)
     groups, everything = scheduler.kv_cache_config.kv_cache_groups, scheduler.kv_cache_config.num_blocks
     result.add("KV groups", "groups", len(groups), **of)
     result.add("step of hits", "tokens", max(group.kv_cache_spec.block_size for group in groups), **of)
@@ -56,16 +57,16 @@ def count(result: Result, shape: str, limit: int) -> None:
     stop(llm)
 
 
-def replay_without_model(result: Result, llm: LLM, trace: Trace, blocks: int, **of: Any) -> None:
+def replay_without_model(result: Result, llm: LLM, drawn_from: Trace, blocks: int, **of: Any) -> None:
     """Add what turns computed again, had to because only their windows were gone, and could have been spared."""
-    conversations = trace.draw()
+    conversations = drawn_from.draw()
     with pool_of(llm, blocks), without_model(llm):
         replayed = replay(llm, conversations, Pace())
     sizes = SHAPES[of["shape"]]
     reach = sizes["num_iterations"] * sizes["num_self_decoder_layers"] * (sizes["sliding_window"] - 1)
     result.add("turns", "requests", len(replayed.turns), **of)
     result.add("preemptions", "preemptions", replayed.preemptions, **of)
-    result.add("computed again", "tokens", replayed.computed - trace.needed(conversations), **of)
+    result.add("computed again", "tokens", replayed.computed - drawn_from.needed(conversations), **of)
     result.add("without windows", "tokens", sum(turn.globally - turn.cached for turn in replayed.turns), **of)
     spared = sum(max(0, turn.globally - turn.cached - reach) for turn in replayed.turns)
     result.add("spared by windows computed again", "tokens", spared, **of)

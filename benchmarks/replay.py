@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
+from vllm.outputs import RequestOutput
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
@@ -145,7 +146,7 @@ def without_model(llm: LLM) -> Iterator[None]:
 
 @contextmanager
 def pool_of(llm: LLM, blocks: int) -> Iterator[None]:
-    """A pool of `blocks`, with the one that vLLM keeps empty: nobody can have the others. It begins without a prefix."""
+    """A pool of `blocks`, with the one that vLLM keeps empty, without a prefix: nobody can have the others."""
     manager = core(llm).scheduler.kv_cache_manager
     assert manager.reset_prefix_cache()
     withheld = manager.block_pool.get_new_blocks(manager.block_pool.num_gpu_blocks - blocks)
@@ -196,14 +197,16 @@ def replay(llm: LLM, conversations: list[Conversation], clock: Clock) -> Replaye
             while coming and coming[0][0] <= clock.now_s():
                 send(*heapq.heappop(coming))
             before_s, outputs = clock.now_s(), engine.step()
+            assert step.tokens, "the pool has no room for one request alone"
             replayed.computed += step.tokens
             replayed.preemptions += step.preemptions
             if isinstance(clock, Pace) or not step.has_prompts:
                 clock.set_s(before_s + Pace.STEP_S + Pace.TOKEN_S * step.tokens)
             for output in outputs:
+                assert isinstance(output, RequestOutput)
                 answered, index, prompt = running[output.request_id]
                 if not answered.first_s:
-                    answered.first_s, answered.cached = clock.now_s(), output.num_cached_tokens
+                    answered.first_s, answered.cached = clock.now_s(), output.num_cached_tokens or 0
                 if output.finished:
                     del running[output.request_id]
                     histories[index] = prompt + list(output.outputs[0].token_ids)

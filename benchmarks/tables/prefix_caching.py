@@ -2,7 +2,7 @@
 
 import statistics
 
-from benchmarks.results import Result
+from benchmarks.results import Key, Result
 from benchmarks.tables.table import Rows, Table, cell, over
 
 TIMED, PAPER = "57M", "paper 1.3B"
@@ -18,7 +18,7 @@ def percentile_95(runs: list[float]) -> float | None:
 
 def again(result: Result, shape: str, limit: int, pool: str, trace: str = "chats") -> float | None:
     """Tokens that a turn computes again, on average."""
-    of = dict(shape=shape, limit=limit, pool=pool, trace=trace)
+    of: dict[str, Key] = dict(shape=shape, limit=limit, pool=pool, trace=trace)
     return over(result.median("computed again", **of), result.median("turns", **of))
 
 
@@ -52,7 +52,7 @@ def rows(result: Result) -> Rows:
     table = []
     for shape in result.keys("shape"):
         for limit in result.keys("limit"):
-            of = dict(shape=shape, limit=limit)
+            of: dict[str, Key] = dict(shape=shape, limit=limit)
             cells = [cell(result.median(name, **of)) for name in ("KV groups", "step of hits")]
             cells += [cell(again(result, shape, limit, pool), ".0f") for pool in pools]
             first_s = result.runs("time to first token", **of)
@@ -69,7 +69,7 @@ def rows(result: Result) -> Rows:
 
 def spared(result: Result, shape: str, trace: str) -> str:
     """Tokens that windows computed again would spare, of all that are computed again, in every pool that evicts."""
-    of = dict(shape=shape, limit=DEFAULT, trace=trace)
+    of: dict[str, Key] = dict(shape=shape, limit=DEFAULT, trace=trace)
     pools = [pool for pool in result.keys("pool") if pool not in (AMPLE, DENSE)]
     figures = [(result.median("spared by windows computed again", **of, pool=pool), pool) for pool in pools]
     return " and ".join(

@@ -30,7 +30,8 @@ def test_a_seed_makes_the_same_turns_within_the_bounds(trace):
 def test_chats_are_as_long_as_is_said():
     conversations = CHATS.draw()
     tokens = [conversation.tokens for conversation in conversations]
-    assert (sum(len(conversation.turns) for conversation in conversations), min(tokens), max(tokens)) == (106, 964, 2499)
+    turns = sum(len(conversation.turns) for conversation in conversations)
+    assert (turns, min(tokens), max(tokens)) == (106, 964, 2499)
 
 
 def test_every_token_is_needed_once_but_the_last():

@@ -54,15 +54,15 @@ def llm(module_engine, tmp_path_factory):
 def test_a_replay_counts_what_is_computed_again(llm):
     """By hand, and with the model as without it.
 
-    The second turn finds the windows where the first prompt ends, at 96 tokens, and the global blocks of all 199
-    tokens that are computed, so 192. The last turn finds both at 192. The other conversation shares the system prompt
-    of 100 tokens, and finds its windows neither.
+    The second turn finds windows where the first prompt ends, at 288 tokens, and global blocks of the 389 tokens that
+    were computed, so of 384. The last turn finds both at 384. The other conversation shares a system prompt of 100
+    tokens, and finds no windows there.
     """
     from benchmarks.replay import Clock, Pace, pool_of, replay, without_model
 
     assert sorted(group.kv_cache_spec.block_size for group in kv_cache_config(llm).kv_cache_groups) == [32, 32, 96]
-    prompt = tiny.prompt(180)
-    turns = [Turn(prompt, 20, 1.0), Turn(tiny.prompt(30, seed=1), 4, 1.0), Turn(tiny.prompt(10, seed=2), 4, 1.0)]
+    prompt = tiny.prompt(300)
+    turns = [Turn(prompt, 90, 1.0), Turn(tiny.prompt(30, seed=1), 4, 1.0), Turn(tiny.prompt(10, seed=2), 4, 1.0)]
     conversations = [Conversation(0, turns), Conversation(50, [Turn(prompt[:100] + tiny.prompt(50, seed=3), 4, 1.0)])]
     blocks = kv_cache_config(llm).num_blocks
     with pool_of(llm, blocks), without_model(llm):
@@ -73,38 +73,36 @@ def test_a_replay_counts_what_is_computed_again(llm):
     with pool_of(llm, blocks):
         counted.append(replay(llm, conversations, Clock()))
     for replayed in counted:
-        assert [turn.prompt for turn in replayed.turns] == [180, 230, 244, 150]
-        assert [turn.cached for turn in replayed.turns] == [0, 96, 192, 0]
-        assert [turn.globally for turn in replayed.turns] == [0, 192, 192, 96]
+        assert [turn.prompt for turn in replayed.turns] == [300, 420, 434, 150]
+        assert [turn.cached for turn in replayed.turns] == [0, 288, 384, 0]
+        assert [turn.globally for turn in replayed.turns] == [0, 384, 384, 96]
         again = replayed.computed - Trace(system=100).needed(conversations)
-        assert again == (199 - 96) + (233 - 192) + 100
-    # A chunk, then the rest with the first token; 100 tokens of 140 ms by the clock, then 80 of 120 ms.
+        assert again == (389 - 288) + (423 - 384) + 100
+    # Three chunks, each of which takes 40 ms by the clock, and its tokens 1 ms each.
     first = counted[0].turns[0]
-    assert first.first_s - first.arrived_s == pytest.approx(2 * 0.04 + 0.18)
+    assert first.first_s - first.arrived_s == pytest.approx(3 * 0.04 + 0.3)
 
 
-def test_a_small_pool_forgets(llm):
-    """Another conversation takes the blocks: everything is computed again."""
+def test_a_small_pool_loses_windows_first(llm):
+    """Another conversation takes the blocks: the turn after it finds global blocks, and no windows to go on from."""
     from benchmarks.replay import Pace, pool_of, replay, without_model
 
     conversations = [
         Conversation(0, [Turn(tiny.prompt(300), 2, 100.0), Turn(tiny.prompt(10, seed=1), 2, 1.0)]),
-        Conversation(50, [Turn(tiny.prompt(600, seed=2), 2, 1.0)]),
+        Conversation(50, [Turn(tiny.prompt(800, seed=2), 2, 1.0)]),
     ]
     found = []
-    for blocks in (kv_cache_config(llm).num_blocks, 24):
+    for blocks in (kv_cache_config(llm).num_blocks, 22):
         with pool_of(llm, blocks), without_model(llm):
             found.append([(turn.cached, turn.globally) for turn in replay(llm, conversations, Pace()).turns])
-    assert found == [[(0, 0), (0, 0), (288, 288)], [(0, 0), (0, 0), (0, 0)]]
+    assert found == [[(0, 0), (0, 0), (288, 288)], [(0, 0), (0, 0), (0, 288)]]
 
 
 def test_the_table_on_a_tiny_shape(starts_vllm, nightly, monkeypatch):
     from benchmarks import prefix_caching as measuring
 
     few = dict(conversations=2, turns=(2, 2))
-    small = dict(
-        TRACES={"chats": Trace(**few), "documents": Trace(**few)}, SPOKEN=Trace(**few), CHATS=Trace(**few), ROUNDS=1
-    )
+    small = dict(TRACES={"chats": Trace(turns=(2, 2)), "documents": Trace(turns=(2, 2))}, SPOKEN=Trace(**few), ROUNDS=1)
     small |= dict(LIMITS=(512, 64), BATCH=2, CONTEXT=40, STEPS=1, STEP_ROUNDS=2, AMPLE_BYTES=256 << 20)
     small |= dict(DTYPES={table.TIMED: "float32"}, TIMED_BYTES=64 << 20)
     for name, value in small.items():

@@ -301,7 +301,8 @@ def test_a_repeated_prompt_hits_whole_global_blocks(limit, engine, tmp_path, lin
     assert first.outputs[0].token_ids == second.outputs[0].token_ids
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 776 // block * block)
     engine_core = llm.llm_engine.engine_core.engine_core
-    request = Request("third", prompt, SamplingParams(max_tokens=1), None, block_hasher=engine_core.request_block_hasher)
+    hasher = engine_core.request_block_hasher
+    request = Request("third", prompt, SamplingParams(max_tokens=1), None, block_hasher=hasher)
     found, cached, _ = engine_core.scheduler.kv_cache_manager.get_computed_blocks(request)
     of_windows = sum(not one.is_null for group in found.blocks for one in group) - cached // block
     said = f"multiples of {block} tokens: a cached prefix takes a block of the pool for each {block} tokens and "
