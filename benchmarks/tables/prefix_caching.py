@@ -88,7 +88,7 @@ def note(result: Result) -> str:
     return (
         "Tokens that a turn computes again on average, with vLLM's scheduler and no model, where users of "
         "benchmarks/conversations.py chat: in a pool that evicts nothing, and in 1.5 times and once the memory that "
-        f"the conversations take when they end. Time to first token of {settings['conversations']} of the conversations, "
+        f"the conversations take when they end. Time to first token of {settings['conversations']} of them, "
         f"{settings['rounds']} interleaved rounds. Decode steps of {settings['batch']} requests of "
         f"{settings['context']} tokens, medians and quartiles of {settings['steps']} interleaved ones. The default "
         f"changes if p95 falls by {FALL:.0%}, a step slows by less than {SLOWER:.0%} and the paper's shape keeps "
