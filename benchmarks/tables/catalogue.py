@@ -1,10 +1,10 @@
 """Every table that there is, by name and by what it is about."""
 
-from benchmarks.tables import caches, comparisons, gpu, quality, speed
+from benchmarks.tables import caches, comparisons, gpu, prefix_caching, quality, speed
 from benchmarks.tables.table import Table
 
 GROUPS: dict[str, tuple[Table, ...]] = {
-    "KV cache": caches.TABLES,
+    "KV cache": (*caches.TABLES, *prefix_caching.TABLES),
     "Speed": speed.TABLES,
     "Compared with what one would use instead": comparisons.TABLES,
     "Answers": quality.TABLES,

@@ -83,6 +83,7 @@ def test_the_pool_is_full_with_as_many_requests_as_the_log_says(
     llm = engine(tmp_path, num_gpu_blocks_override=blocks, **settings)
     guaranteed = (blocks - 1) // prefill
     assert sum("at a time" in line for line in lines) == 1
+    assert sum("Prefix-cache hits" in line for line in lines) == prefix_caching
     said = f"{blocks} blocks holds {together} requests of {CONTEXT} tokens at a time, {BESIDE} in decode beside 1 in "
     assert f"{said}prefill. If all are in prefill, {guaranteed} fit: " in lines[-1]
     assert together > llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency

@@ -184,6 +184,7 @@ def test_without_the_hybrid_manager_it_is_one_group_and_exact(engine, tmp_path, 
     # Seven caches of 512 bytes a token.
     assert f"a request of {CONTEXT} tokens holds {7 * 512 * CONTEXT / 2**20} MiB a rank" in "".join(lines)
     assert "at a time" not in "".join(lines)  # vLLM counts such caches rightly
+    assert "Prefix-cache hits" not in "".join(lines)
     agrees(model, PROMPTS, generate(llm, PROMPTS))
 
 

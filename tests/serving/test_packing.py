@@ -288,8 +288,9 @@ def test_the_authors_switches_leave_the_caches_as_they_are(block, layers, mebiby
 
 
 @pytest.mark.parametrize("limit", [1, 100, 512])
-def test_a_repeated_prompt_hits_whole_global_blocks(limit, engine, tmp_path):
-    tiny.model(tiny.config(num_iterations=5)).save_pretrained(tmp_path)
+def test_a_repeated_prompt_hits_whole_global_blocks(limit, engine, tmp_path, lines):
+    """As the log says, which also says how many blocks vLLM finds for it."""
+    tiny.model(tiny.config(num_iterations=5, sliding_window=97)).save_pretrained(tmp_path)
     options = {"yocou": {"max_global_block": limit}}
     llm = engine(tmp_path, kv_cache_memory_bytes=32 << 20, additional_config=options, max_num_batched_tokens=101)
     groups = kv_cache_config(llm).kv_cache_groups
@@ -299,3 +300,14 @@ def test_a_repeated_prompt_hits_whole_global_blocks(limit, engine, tmp_path):
     first, second = (generate(llm, [prompt], tokens=4)[0] for _ in range(2))
     assert first.outputs[0].token_ids == second.outputs[0].token_ids
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 776 // block * block)
+    engine_core = llm.llm_engine.engine_core.engine_core
+    hasher = engine_core.request_block_hasher
+    request = Request("third", prompt, SamplingParams(max_tokens=1), None, block_hasher=hasher)
+    found, cached, _ = engine_core.scheduler.kv_cache_manager.get_computed_blocks(request)
+    of_windows = sum(not one.is_null for group in found.blocks for one in group) - cached // block
+    said = f"multiples of {block} tokens: a cached prefix takes a block of the pool for each {block} tokens and "
+    assert f"{said}{of_windows} blocks for its last 96." in "\n".join(lines)
+
+
+def test_a_window_of_one_token_has_no_hits():
+    assert choose(30, 32).prefix_cost(window=1) == "vLLM finds no prefix-cache hits with a window of one token."

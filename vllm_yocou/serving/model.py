@@ -125,6 +125,9 @@ class YocoUModel(nn.Module):
         elif Options.of(vllm_config.additional_config).kernels and not uses_kernels(vllm_config):
             lines.append('The option "kernels" is off: this plugin\'s kernels do not clip queries and keys.')
         lines.append(packing.cost(vllm_config, windows[0].sliding_window))
+        hybrid = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+        if hybrid and vllm_config.cache_config.enable_prefix_caching:
+            lines.append(packing.prefix_cost(windows[0].sliding_window))
         if reason := why_all_rows(vllm_config):
             lines.append(f"The cross-decoder runs on every prompt row: {reason}.")
         elif node := cache.rows.prefill_node:

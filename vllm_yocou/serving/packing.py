@@ -134,3 +134,13 @@ class Packing:
             f"A request of {tokens} tokens holds {decode:.1f} MiB of KV cache a rank in decode and up to {prefill:.1f} "
             f"MiB in prefill, when the window caches also hold all tokens in flight (max_num_batched_tokens {chunk})."
         )
+
+    def prefix_cost(self, window: int) -> str:
+        """Where prefix-cache hits end, and the blocks that one needs, in a sentence."""
+        if window == 1:
+            return "vLLM finds no prefix-cache hits with a window of one token."
+        pages = ceil((window - 1) / self.window_block)
+        return (
+            f"Prefix-cache hits end at multiples of {self.global_block} tokens: a cached prefix takes a block of the "
+            f"pool for each {self.global_block} tokens and {self.groups * pages} blocks for its last {window - 1}."
+        )
