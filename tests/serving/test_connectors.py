@@ -75,7 +75,7 @@ def test_connectors_that_cannot_be_right_are_refused(asked, sentence):
     ids=["host-buffer", "layout"],
 )
 def test_settings_of_nixl_that_cannot_be_right_on_a_gpu_are_refused(asked, sentence, monkeypatch):
-    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "BLHNC")
     with pytest.raises(ValueError, match=sentence):
         check_connectors(asked)
@@ -86,7 +86,7 @@ def test_settings_of_nixl_that_cannot_be_right_on_a_gpu_are_refused(asked, sente
 
 def test_every_connector_of_vllms_was_read(monkeypatch):
     assert set(KVConnectorFactory._registry) == READ | set(connectors.WRONG)
-    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     for name in READ:
         check_connectors(settings(name, chunked=False, kv_buffer_device="cuda"))
 
