@@ -55,7 +55,7 @@ def test_the_production_shape_is_exact_and_traced_without_breaks(engine, tmp_pat
     holds(engine(tmp_path, compilation_config={"mode": 3}), model)
     assert compilation_counter.num_models_seen == seen + 2
     names = [str(node.target) for graph in graphs for node in graph.graph.nodes]
-    assert sum("yocou_clamped_experts" in name for name in names) == model.config.num_hidden_layers
+    assert sum("yocou_looped_experts" in name for name in names) == model.config.num_hidden_layers
 
 
 def test_what_is_float32_in_a_model_of_16_bits(engine, tmp_path):
