@@ -10,8 +10,7 @@ import signal
 import socket
 from multiprocessing.connection import Connection
 
-# The runner of each rank, and how its process comes by what it imports: it may be a copy of one that has no engine at the
-# time.
+# The runner of each rank, and how its process comes by what it imports: a copy is made of one without an engine.
 CHILDREN = {"two-ranks": ("data-rank", "fork"), "v2": ("v2", "spawn"), "v1-graphs": ("v1-graphs", "spawn")}
 # Without executors of their own; a core for each rank, which the kernel finds.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
