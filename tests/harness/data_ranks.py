@@ -3,13 +3,15 @@
 A job of harness/engine_process.py with "ranks", the batches of each rank, goes to one such process for each.
 """
 
+import gc
 import multiprocessing
 import os
+import signal
 import socket
 from multiprocessing.connection import Connection
 
-# A process of the runner that is named, and how it comes by what it imports.
-CHILDREN = {"two-ranks": ("data-rank", "forkserver"), "v2": ("v2", "spawn"), "v1-graphs": ("v1-graphs", "spawn")}
+# The runner of each rank, and how its process comes by what it imports: a copy is made of one without an engine.
+CHILDREN = {"two-ranks": ("data-rank", "fork"), "v2": ("v2", "spawn"), "v1-graphs": ("v1-graphs", "spawn")}
 # Without executors of their own; a core for each rank, which the kernel finds.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 SETTINGS = dict(distributed_executor_backend="uni")
@@ -47,8 +49,10 @@ def answer(runner: str, job: dict) -> dict:
 
 def be_rank(runner: str, job: dict, environment: dict[str, str], sender: Connection) -> None:
     os.environ |= environment
-    from harness.engine_process import RunnerEngines
+    from harness.engine_process import JOB_S, RunnerEngines
 
+    gc.freeze()  # of what the process has copied nothing is garbage, and looking at it all takes half a second
+    signal.alarm(JOB_S)  # which a process that starts another does not hand on
     sender.send(RunnerEngines(runner).answer(job))
 
 
