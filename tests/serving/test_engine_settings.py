@@ -146,9 +146,8 @@ def test_dense_layers_before_experts_are_split_too(tmp_path):
 )
 def test_experts_that_clamp_take_triton_on_a_gpu(limit, quantized, chosen, expected, monkeypatch):
     settings = SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=tiny.moe_config(swiglu_limit=limit)),
+        model_config=SimpleNamespace(hf_config=tiny.moe_config(swiglu_limit=limit), quantization=quantized),
         kernel_config=SimpleNamespace(moe_backend=chosen),
-        quant_config=quantized,
     )
     choose_clamping_experts(settings)
     assert settings.kernel_config.moe_backend == chosen  # a CPU has kernels of its own

@@ -225,7 +225,7 @@ def choose_clamping_experts(vllm_config: "VllmConfig") -> None:
     if (
         clamps
         and current_platform.is_cuda()
-        and vllm_config.quant_config is None
+        and vllm_config.model_config.quantization is None
         and kernel_config.moe_backend == "auto"
     ):
         kernel_config.moe_backend = "triton"
