@@ -7,6 +7,7 @@ import torch
 from harness import tiny
 from harness.oracle import check
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_yocou.rows.hand_over import RequestTable, RowSlots, StepRows
 from vllm_yocou.rows.prefill_node import PrefillNode
@@ -44,6 +45,10 @@ READ = [
     {"logprobs": 0},
     {"logprob_token_ids": [3]},
     {"stop_token_ids": [1]},
+    {"allowed_token_ids": [2, 3]},
+    {"bad_words": ["!"]},
+    {"logit_bias": {1: -100}},
+    {"structured_outputs": StructuredOutputsParams(choice=["no"])},
     {"prompt_logprobs": 0},
 ]
 
@@ -87,8 +92,14 @@ def test_no_row_and_no_head(engine_process, tmp_path):
         {"prompt": tiny.prompt(60, 2), "sampling": {"max_tokens": 1, "prompt_logprobs": 1}},
         {"prompt": tiny.prompt(50, 3), "sampling": {"max_tokens": 1, "logprobs": 1}},
     ]
-    alone, together = engine_process.run(tmp_path, [[unread], [unread, sampled, *read]], kv_transfer_config=NOWHERE)
+    # A last chunk of one token is a decode for vLLM.
+    decoded = unread | {"prompt": tiny.prompt(38, 5)}
+    batches = [[unread], [unread, sampled, *read], [decoded]]
+    alone, together, as_decode = engine_process.run(tmp_path, batches, kv_transfer_config=NOWHERE)
     assert alone.metrics["yocou_self_decoder_rows"] == 100 and alone.metrics["yocou_cross_decoder_rows"] == 0
     for output in (*alone.outputs, *together.outputs[:2]):
         assert list(output.outputs[0].token_ids) == [1]
     check(model, read, together.outputs[2:])
+    assert as_decode.metrics["yocou_cross_decoder_rows"] == 1
+    best = model(torch.tensor([decoded["prompt"]])).logits[0, -1].argmax()
+    assert list(as_decode.outputs[0].outputs[0].token_ids) == [best]

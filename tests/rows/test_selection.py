@@ -105,13 +105,13 @@ def test_a_prompt_of_somebodys_begins_a_request(warms_up, begins, req_idx):
 def test_a_batch_that_vllm_made_up_has_no_context():
     """As vLLM's V2 runner gives an idle rank's; a real request either begins or has tokens before its rows."""
 
-    def made_up(contexts: list[int], prefilling: list[bool]) -> bool:
+    def made_up(contexts: list[int], prefilling: list[bool] | None) -> bool:
         batch = SimpleNamespace(
             query_start_loc_cpu=torch.tensor([0, 1, 3]),
             seq_lens_cpu_upper_bound=torch.tensor([*contexts, 9]),  # the last is padding
-            is_prefilling=torch.tensor([*prefilling, False]),
+            is_prefilling=prefilling and torch.tensor([*prefilling, False]),
         )
         return RowSelector.is_made_up(batch)
 
-    assert made_up([1, 2], [False, False])
+    assert made_up([1, 2], [False, False]) and not made_up([1, 2], None)
     assert not made_up([2, 2], [False, False]) and not made_up([1, 2], [True, False])

@@ -1,8 +1,8 @@
-"""On a prefill node no row runs through the cross-decoder for a token that nobody reads: the answer is a placeholder.
+"""On a prefill node no row runs through the cross-decoder for a token that nobody reads: a placeholder is sampled.
 
 A prefill node computes caches for another engine. That engine computes the last token of the prompt again, over the
 caches that it was sent, and samples there. So a request for one token, which is what a router asks a prefill node for,
-needs the self-decoder alone.
+needs the self-decoder alone. Where its last chunk is a single token, vLLM treats it as a decode: its row runs.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import VllmConfig
 
+# What may keep the placeholder from being sampled.
+STEERING = ("allowed_token_ids", "bad_words", "logit_bias", "structured_outputs")
 # Far above the logits of the rows left out, which are zero, so that sampling finds no other token.
 LOGIT = 100.0
 
@@ -40,13 +42,14 @@ class PrefillNode:
         return cls(next(token for token in range(len(ends) + 1) if token not in ends))
 
     def answers(self, params: "SamplingParams | None") -> bool:
-        """Whether the placeholder is all that a request gets."""
+        """Whether the placeholder is all that a request gets: nothing is asked that would tell, or sample another."""
         return (
             params is not None
             and params.max_tokens == 1
             and params.logprobs is None
             and params.logprob_token_ids is None
             and self.placeholder not in params.all_stop_token_ids
+            and not any(getattr(params, name) for name in STEERING)
         )
 
     def put(self, logits_RV: torch.Tensor, hidden_RD: torch.Tensor) -> None:

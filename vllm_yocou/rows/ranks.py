@@ -61,7 +61,7 @@ class Agreement:
 
     def __init__(self, parallel: "ParallelConfig", wanted: int, skips: bool):
         self.rank = parallel.data_parallel_rank
-        self.said_2P = torch.zeros(2, parallel.data_parallel_size, dtype=torch.int32)
+        self.said_2P = torch.zeros(2, parallel.data_parallel_size, dtype=torch.int32, device="cpu")
         self.said_2P[0, self.rank], self.said_2P[1, self.rank] = wanted, skips
         self.sum = distributed.all_reduce(self.said_2P, group=get_dp_group().cpu_group, async_op=True)
 

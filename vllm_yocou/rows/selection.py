@@ -105,7 +105,9 @@ class RowSelector:
     @staticmethod
     def is_made_up(batch: "CommonAttentionMetadata") -> bool:
         """Whether vLLM made the batch up, as an idle data-parallel rank's: real decodes have a context before them."""
-        assert batch.is_prefilling is not None and batch.seq_lens_cpu_upper_bound is not None  # both runners give them
+        if batch.is_prefilling is None:  # half of a step that V1 has split
+            return False
+        assert batch.seq_lens_cpu_upper_bound is not None  # both runners give it
         rows = batch.query_start_loc_cpu.diff()
         has_context = bool((batch.seq_lens_cpu_upper_bound[: len(rows)] > rows).any())
         return not has_context and not bool(batch.is_prefilling.any())

@@ -76,20 +76,20 @@ LAYERS = (
     Seam(
         "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEExperts",
         "most of the kernels that clamp what routed experts compute do it here",
-        "serving/test_clamped_experts.py",
+        "serving/test_expert_kernels.py",
         mentions="activation_config",
     ),
     Seam(
         "vllm.model_executor.layers.fused_moe.experts.triton_moe:TritonExperts",
         "this kernel clamps what routed experts compute",
-        "serving/test_clamped_experts.py",
+        "serving/test_expert_kernels.py",
         mentions="clamp_limit",
         only="cuda",
     ),
     Seam(
         "vllm.model_executor.layers.fused_moe:UnquantizedFusedMoEMethod",
         "on a CPU another loop takes the place of its experts",
-        "serving/test_clamped_experts.py",
+        "serving/test_expert_kernels.py",
         mentions="experts_cls",
     ),
     Seam(

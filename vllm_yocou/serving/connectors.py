@@ -1,7 +1,7 @@
 """Refuses KV connectors that would move the wrong bytes of caches that share blocks, or that need a GPU on a CPU.
 
 The others move whole blocks, or address a page by the strides of its cache. A connector from elsewhere is not refused:
-docs/serving.md says what it must do.
+docs/kv-connectors.md says what it must do.
 """
 
 import os

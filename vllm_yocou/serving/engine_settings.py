@@ -215,7 +215,7 @@ def list_experts_by_call(vllm_config: "VllmConfig") -> None:
 def choose_clamping_experts(vllm_config: "VllmConfig") -> None:
     """On a GPU let vLLM's Triton kernels compute experts that clamp: its first choice may ignore the limit.
 
-    A backend of the user's stays, and so does vLLM's choice for quantized experts; clamped_experts.py looks at both.
+    A backend of the user's stays, and so does vLLM's choice for quantized experts; expert_kernels.py looks at both.
     """
     from vllm.platforms import current_platform
 

@@ -17,7 +17,7 @@ from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.qwen2_moe import Qwen2MoeMLP
 
 from vllm_yocou.config import YocoUConfig
-from vllm_yocou.serving.clamped_experts import check_clamp, pass_over_other_ranks
+from vllm_yocou.serving.expert_kernels import check_clamp, pass_over_other_ranks
 from vllm_yocou.workarounds import exchange_rows_on_cpu
 
 

@@ -132,8 +132,8 @@ class YocoUModel(nn.Module):
             lines.append(f"The cross-decoder runs on every prompt row: {reason}.")
         elif node := cache.rows.prefill_node:
             lines.append(
-                "The engine is a prefill node (kv_role kv_producer): a request for one token without log probabilities "
-                f"runs no row of the cross-decoder, and the token is always {node.placeholder}."
+                "The engine is a prefill node (kv_role kv_producer): requests for one token without log probabilities "
+                f"skip the cross-decoder, and token {node.placeholder} stands for their answer."
             )
         return lines
 

@@ -6,7 +6,7 @@ import pytest
 from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 from vllm.platforms import current_platform
 
-from vllm_yocou.serving.clamped_experts import CLAMPING, check_clamp
+from vllm_yocou.serving.expert_kernels import CLAMPING, check_clamp
 
 
 def check(monkeypatch, experts: str | None, quantized: bool, cpu: bool = False) -> None:
