@@ -23,6 +23,7 @@ def test_defaults_and_what_is_given():
         ),
         ({"yocou": {"max_global_block": "many"}}, "is 'many': give int"),
         ({"yocou": {"max_global_block": True}}, "is True: give int"),
+        ({"yocou": {"kernels": None}}, "is None: give bool"),
         ({"yocou": {"skip_rows": 1}}, "is 1: give bool"),
         ({"yocou": {"max_global_block": 0}}, "is 0: give at least 1"),
     ],
@@ -30,3 +31,9 @@ def test_defaults_and_what_is_given():
 def test_refused(given, sentence):
     with pytest.raises(ValueError, match=sentence):
         Options.of(given)
+
+
+@pytest.mark.parametrize("window, longest", [(1, 256), (256, 256), (300, 300), (512, 512), (4096, 512)])
+def test_the_longest_global_block_follows_the_window(window, longest):
+    assert Options.of({"yocou": {"max_global_block": None}}).longest_global_block(window) == longest
+    assert Options(max_global_block=96).longest_global_block(window) == 96

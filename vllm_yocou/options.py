@@ -1,7 +1,7 @@
 """The settings that vLLM has no option for: `--additional-config '{"yocou": {"max_global_block": 1024}}'`."""
 
 from dataclasses import dataclass
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 KEY = "yocou"
 
@@ -11,15 +11,16 @@ class Options:
     """The plugin's own settings.
 
     Attributes:
-        max_global_block: tokens of the longest global block that packing may choose. Longer blocks make fewer KV cache
-            groups, but prefix-cache hits then come in multiples of a larger number.
+        max_global_block: tokens of the longest global block that packing may choose; None for the window's tokens, but
+            256 at least and 512 at most. Longer blocks make fewer KV cache groups, but prefix-cache hits then come in
+            multiples of a larger number.
         lower_chunk: whether vLLM's default of max_num_batched_tokens is replaced by a smaller one.
         skip_rows: whether prompt rows whose logits nobody needs skip the cross-decoder; False runs every row, for
             comparison.
         kernels: whether the plugin's Triton kernels replace vLLM's; on an H100 decoding is slower with them.
     """
 
-    max_global_block: int = 512
+    max_global_block: int | None = None
     lower_chunk: bool = True
     skip_rows: bool = True
     kernels: bool = False
@@ -42,11 +43,16 @@ class Options:
                 raise ValueError(
                     f'additional_config["{KEY}"] has no option {name!r}: choose from {", ".join(sorted(types))}.'
                 )
-            if type(value) is not types[name]:
-                raise ValueError(f'additional_config["{KEY}"]["{name}"] is {value!r}: give {types[name].__name__}.')
+            kinds = get_args(types[name]) or (types[name],)
+            if type(value) not in kinds:
+                raise ValueError(f'additional_config["{KEY}"]["{name}"] is {value!r}: give {kinds[0].__name__}.')
         options = cls(**given)
-        if options.max_global_block < 1:
+        if options.max_global_block is not None and options.max_global_block < 1:
             raise ValueError(
                 f'additional_config["{KEY}"]["max_global_block"] is {options.max_global_block}: give at least 1.'
             )
         return options
+
+    def longest_global_block(self, window: int) -> int:
+        """Tokens that `max_global_block` allows a model whose window is so long (benchmarks/, prefix_caching)."""
+        return self.max_global_block or min(max(window, 256), 512)

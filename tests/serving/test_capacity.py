@@ -14,7 +14,7 @@ from vllm_yocou.serving.caches import GlobalCache, packing_of
 from vllm_yocou.serving.capacity import Capacity, Load
 from vllm_yocou.serving.packing import Packing
 
-# The trained example in float32 on a CPU: nine window caches of 32 tokens a block, a global block of 288 tokens.
+# The trained example in float32 on a CPU with one window group: nine caches of 32 tokens a block, 288 global tokens.
 TRAINED = Packing.choose(window_caches=9, block=32, window_bytes=512, global_bytes=512, max_global_block=512)
 
 

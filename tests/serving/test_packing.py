@@ -17,7 +17,7 @@ from vllm_yocou.serving.cache_specs import GlobalCacheSpec, WindowCacheSpec
 from vllm_yocou.serving.caches import packing_of
 from vllm_yocou.serving.packing import Packing
 
-LIMIT = Options().max_global_block
+LIMIT = Options().longest_global_block(window=512)
 
 
 def choose(windows: int, block: int, window_bytes: int = 1024, global_bytes: int = 1024, limit: int = LIMIT) -> Packing:

@@ -201,12 +201,13 @@ def packing_of(vllm_config: VllmConfig) -> Packing:
     windows = window_caches(vllm_config)
     layers = vllm_config.compilation_config.static_forward_context.values()
     (global_cache,) = (layer for layer in layers if isinstance(layer, GlobalCache))
+    options = Options.of(vllm_config.additional_config)
     return Packing.choose(
         window_caches=len(windows),
         block=smallest_block(global_cache.attn_backend, global_cache.spec(block_size=1)),
         window_bytes=windows[0].token_bytes,
         global_bytes=global_cache.token_bytes,
-        max_global_block=Options.of(vllm_config.additional_config).max_global_block,
+        max_global_block=options.longest_global_block(windows[0].sliding_window),
     )
 
 

@@ -72,7 +72,7 @@ class Packing:
             block=block,
             window_bytes=2 * heads * config.head_dim * element_bytes,
             global_bytes=2 * cross_heads * config.cross_head_dim * element_bytes,
-            max_global_block=Options().max_global_block,
+            max_global_block=Options().longest_global_block(config.sliding_window),
         )
 
     @classmethod
