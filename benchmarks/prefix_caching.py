@@ -27,7 +27,7 @@ AMPLE_BYTES = 3 << 30
 TIMED_BYTES = 5 << 28
 SPOKEN = replace(CHATS, conversations=6)  # with a model
 ROUNDS = 2
-BATCH, CONTEXT, STEPS, STEP_ROUNDS = 64, 600, 4, 8
+BATCH, CONTEXT, STEPS, STEP_ROUNDS = 64, 600, 4, 32
 
 
 def engine(cfg: YocoUConfig, limit: int, **settings: Any) -> LLM:

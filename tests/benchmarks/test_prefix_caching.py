@@ -1,8 +1,10 @@
 """Prefix caching as it is measured: what a replay counts, and the rule by which a default would change."""
 
+from unittest.mock import patch
+
 import pytest
 from harness import tiny
-from harness.engines import kv_cache_config
+from harness.engines import kv_cache_config, model_runner
 
 from benchmarks.conversations import Conversation, Trace, Turn
 from benchmarks.results import Result
@@ -70,8 +72,10 @@ def test_a_replay_counts_what_is_computed_again(llm):
     with pool_of(llm, blocks), without_model(llm):
         counted.append(replay(llm, conversations, Pace()))
     assert counted[0] == counted[1]
-    with pool_of(llm, blocks):
+    model = model_runner(llm).model
+    with pool_of(llm, blocks), patch.object(model, "forward", wraps=model.forward) as forward:
         counted.append(replay(llm, conversations, Clock()))
+    assert forward.call_count == 3 + 2 + 1 + 2  # chunks of the prompts, by 101 tokens
     for replayed in counted:
         assert [turn.prompt for turn in replayed.turns] == [300, 420, 434, 150]
         assert [turn.cached for turn in replayed.turns] == [0, 288, 384, 0]
