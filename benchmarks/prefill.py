@@ -2,8 +2,8 @@
 
 from benchmarks.engine import config, prompt_s, runner, start
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from benchmarks.console import progress, publish
@@ -59,6 +59,20 @@ class Prefill:
         finally:
             self.model.cross_decoder.forward = forward
 
+    def interleaved(
+        self, lengths: dict[int, int], ways: Mapping[str, Callable[[], AbstractContextManager[None]]]
+    ) -> Iterator[tuple[int, dict[str, list[float]]]]:
+        """Seconds of prompts, of each length as many rounds as are given, every way once a round."""
+        prompt_s(self.llm, min(lengths))
+        for tokens, rounds in lengths.items():
+            times: dict[str, list[float]] = {name: [] for name in ways}
+            for number in range(rounds):
+                progress(f"{tokens} tokens, round {number + 1} of {rounds}")
+                for name, way in ways.items():
+                    with way():
+                        times[name].append(prompt_s(self.llm, tokens))
+            yield tokens, times
+
 
 def measure() -> Result:
     cfg = config(SHAPE)
@@ -69,14 +83,7 @@ def measure() -> Result:
         "self-decoder alone": prefill.self_decoder_alone,
     }
     result = Result.here("prefill", shape=SHAPE, dtype="float32", rounds=ROUNDS)
-    prompt_s(prefill.llm, min(ROUNDS))
-    for tokens, rounds in ROUNDS.items():
-        times: dict[str, list[float]] = {name: [] for name in ways}
-        for number in range(rounds):
-            progress(f"{tokens} tokens, round {number + 1} of {rounds}")
-            for name, way in ways.items():
-                with way():
-                    times[name].append(prompt_s(prefill.llm, tokens))
+    for tokens, times in prefill.interleaved(ROUNDS, ways):
         for name, runs in times.items():
             result.add("first token", "s", runs, tokens=tokens, way=name)
         ceiling = flops(cfg, tokens, tokens) / flops(cfg, tokens, 0)

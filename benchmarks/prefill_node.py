@@ -3,12 +3,12 @@
 The last is what a prefill node does, of which no connector is needed here: only its choice of rows and its answer.
 """
 
-from benchmarks.engine import config, prompt_s
+from benchmarks.engine import config
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from benchmarks.console import progress, publish
+from benchmarks.console import publish
 from benchmarks.prefill import Prefill
 from benchmarks.results import Result
 from vllm_yocou.rows.prefill_node import PrefillNode
@@ -22,26 +22,19 @@ class Node(Prefill):
 
     @contextmanager
     def no_row(self) -> Iterator[None]:
-        slots = self.model.global_kv.cache.rows
-        slots.prefill_node = slots.requests.prefill_node = PrefillNode(0)
+        requests = self.model.global_kv.cache.rows.requests
+        requests.prefill_node = PrefillNode(0)
         try:
             yield
         finally:
-            slots.prefill_node = slots.requests.prefill_node = None
+            requests.prefill_node = None
 
 
 def measure() -> Result:
     node = Node(config(SHAPE))
     ways = {"every row": node.every_row, "one row": node.skipping, "no row": node.no_row}
     result = Result.here("prefill_node", shape=SHAPE, dtype="float32", rounds=ROUNDS)
-    prompt_s(node.llm, min(ROUNDS))
-    for tokens, rounds in ROUNDS.items():
-        times: dict[str, list[float]] = {name: [] for name in ways}
-        for number in range(rounds):
-            progress(f"{tokens} tokens, round {number + 1} of {rounds}")
-            for name, way in ways.items():
-                with way():
-                    times[name].append(prompt_s(node.llm, tokens))
+    for tokens, times in node.interleaved(ROUNDS, ways):
         for name, runs in times.items():
             result.add("prefill", "s", runs, tokens=tokens, way=name)
     return result

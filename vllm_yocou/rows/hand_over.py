@@ -30,6 +30,7 @@ class RequestTable:
     Until a runner's hook fills it, nobody knows who wants prompt log probabilities, and every row runs.
 
     Attributes:
+        prefill_node: what the engine answers if it only computes caches for others.
         filled: whether a hook tells it of every request.
         wants_prompt: (requests,) bool, whether the request wants log probabilities of its prompt.
         prefill_length: (requests,) int64, tokens before the first that is sampled for somebody.
@@ -82,13 +83,11 @@ class RowSlots:
     """The two slots of one engine.
 
     Attributes:
-        prefill_node: what the engine answers if it only computes caches for others.
         requests: written by the runner's hook before a step, read when the step's rows are selected.
         map_adapters: called with the selected rows (M,) as soon as they are known; set where LoRA is on.
     """
 
     def __init__(self, capacity: int, prefill_node: PrefillNode | None = None):
-        self.prefill_node = prefill_node
         self.requests = RequestTable(capacity, prefill_node)
         self.map_adapters: Callable[[np.ndarray], None] | None = None
         self._metadata: object = None

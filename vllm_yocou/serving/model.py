@@ -130,7 +130,7 @@ class YocoUModel(nn.Module):
             lines.append(packing.prefix_cost(windows[0].sliding_window))
         if reason := why_all_rows(vllm_config):
             lines.append(f"The cross-decoder runs on every prompt row: {reason}.")
-        elif node := cache.rows.prefill_node:
+        elif node := cache.rows.requests.prefill_node:
             lines.append(
                 "The engine is a prefill node (kv_role kv_producer): requests for one token without log probabilities "
                 f"skip the cross-decoder, and token {node.placeholder} stands for their answer."
@@ -268,8 +268,9 @@ class YocoUForCausalLM(nn.Module, SupportsLoRA):
             logits_RV = hidden_states.new_zeros(len(hidden_states), self.config.vocab_size)
         else:
             logits_RV = self.logits_processor(self.lm_head, hidden_states)
-        if slots.prefill_node is not None and logits_RV is not None:
-            slots.prefill_node.put(logits_RV, hidden_states)
+        node = slots.requests.prefill_node
+        if node is not None and logits_RV is not None:
+            node.put(logits_RV, hidden_states)
         return logits_RV
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
