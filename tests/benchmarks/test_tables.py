@@ -82,7 +82,7 @@ def test_peers(starts_vllm, nightly, monkeypatch, folder, capsys):
     monkeypatch.setattr("sys.argv", ["peers"])
     peers.main()
     printed = capsys.readouterr().out
-    assert f"{peers.OURS} 2, " in printed and "a group for each cache 10, " in printed
+    assert f"{peers.OURS} 3, " in printed and "a group for each cache 10, " in printed
     table = rows(printed)
     names = list(peers.peers(small))
     assert [(number(row[0]), row[1]) for row in table] == [(tokens, name) for tokens in lengths for name in names]
