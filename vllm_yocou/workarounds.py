@@ -41,6 +41,7 @@ FAULTY_IN = {
     "as_float_factor": ("0.32", "0.33"),
     "pack_experts_again": ("0.32", "0.33"),
     "scales_kept": ("0.32", "0.33"),
+    "without_overrides_for_gpus": ("0.32", "0.33"),
 }
 
 
@@ -357,4 +358,16 @@ def scales_kept() -> Iterator[None]:
         return handler
 
     with patch.object(ops, "create_onednn_scaled_mm", create_onednn_scaled_mm):
+        yield
+
+
+@contextmanager
+def without_overrides_for_gpus() -> Iterator[None]:
+    """While a worker of a CPU starts with VLLM_BATCH_INVARIANT, keep vLLM from replacing torch's operators.
+
+    What it puts in their place for every device are Triton kernels, and the first mean ends in a TypeError.
+    """
+    from vllm.model_executor.determinism import batch_invariant
+
+    with patch.object(batch_invariant, "init_batch_invariance", lambda: None):
         yield

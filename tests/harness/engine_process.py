@@ -11,6 +11,8 @@ its input does, or by SIGALRM when a job takes longer than JOB_S.
 
 RUNNER is one of these:
 - v1. Its forward passes are eager, and read no tensor's values on the host (host_reads.py).
+- v1-breakable: the model is captured in graphs that break, as with VLLM_USE_BREAKABLE_CUDAGRAPH=1 on CUDA
+  (recorded_graphs.py).
 - v1-graphs: the model is compiled in pieces that replay the addresses of their first call, as CUDA graphs do
   (graph_replay.py).
 - v2: vLLM's V2 runner, CUDA's default. It needs Triton, for which the CPU build has no backend; here its kernels run in
@@ -171,9 +173,14 @@ class RunnerEngines:
         override_kernels_once()
         from harness import graph_replay
 
-        self.graphs = graph_replay.ReplayedGraph
+        self.graphs: type = graph_replay.ReplayedGraph
         if runner == "v1-graphs":
             graph_replay.install()
+        if runner == "v1-breakable":
+            from harness import recorded_graphs
+
+            self.graphs = recorded_graphs.RecordedGraph
+            recorded_graphs.install()
         if runner == "two-ranks":
             fork_workers()
         from harness.engines import know_the_model_class

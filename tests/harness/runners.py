@@ -22,6 +22,7 @@ IN_PROCESS = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 RUNNERS = {
     "v1": IN_PROCESS,
     "v1-graphs": IN_PROCESS,
+    "v1-breakable": IN_PROCESS | {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"},
     "v2": IN_PROCESS,
     "v2-triton": IN_PROCESS,
     # One core for each rank; vLLM would give all cores to the first.

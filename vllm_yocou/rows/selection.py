@@ -135,8 +135,8 @@ def why_all_rows(vllm_config: "VllmConfig") -> str | None:
         return "adapters of ranks that share experts are mapped to all rows of a step"
     if vllm_config.parallel_config.use_ubatching:
         return "micro-batches have no request indices"
-    if is_breakable_cudagraph_enabled():
-        return "breakable CUDA graphs replay mixed batches with all rows"
+    if share_experts(vllm_config) and is_breakable_cudagraph_enabled():
+        return "breakable CUDA graphs replay without asking other ranks that share experts"
     if vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner:
         return "vLLM's V1 runner does not say which requests want prompt logprobs under speculative decoding"
     return None

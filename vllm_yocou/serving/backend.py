@@ -29,6 +29,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from vllm_yocou.rows.hand_over import StepRows, row_slots
 from vllm_yocou.rows.metrics import RowCounters
 from vllm_yocou.rows.selection import RowSelector, SelectedRows, share_experts
+from vllm_yocou.serving.row_by_row import RowByRow
 from vllm_yocou.workarounds import check_cache_dtype, widen_decode_scratch
 
 # vLLM's backends that this plugin builds on, and the KV layouts in which it runs them. The CPU's kernel reads
@@ -100,15 +101,26 @@ def in_vllms_order() -> list[AttentionBackendEnum]:
 
 
 @cache
-def packed_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
-    """`base` over block-outermost KV memory, for the window caches."""
-    name = f"YOCOU_{base.get_name()}"
+def packed_backend(base: type[AttentionBackend], fixed: bool = False) -> type[AttentionBackend]:
+    """`base` over block-outermost KV memory, for the window caches; with `fixed`, each row attends by itself."""
+    name = f"YOCOU_{base.get_name()}{'_ROW_BY_ROW' if fixed else ''}"
     layouts = LAYOUTS[base.get_name()]
+    builder = base.get_builder_cls()
+    if fixed:
 
-    class Packed(base):  # type: ignore[misc, valid-type]  # the base is known only at run time
+        class FixedBuilder(RowByRow, builder):  # type: ignore[misc, valid-type]  # the base is known only at run time
+            pass
+
+        builder = _name_class(FixedBuilder, f"RowByRow{builder.__name__}")
+
+    class Packed(base):  # type: ignore[misc, valid-type]  # as above
         @staticmethod
         def get_name() -> str:
             return name
+
+        @staticmethod
+        def get_builder_cls() -> type:
+            return builder
 
         @classmethod
         def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -118,7 +130,11 @@ def packed_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         def supports_device_cpu_query_lens_mismatch(cls) -> bool:
             return False  # row selection reads the host's query lengths
 
-    _name_class(Packed, f"Packed{base.__name__}")
+        @classmethod
+        def supports_batch_invariance(cls) -> bool:
+            return fixed or super().supports_batch_invariance()
+
+    _name_class(Packed, f"{'RowByRow' if fixed else 'Packed'}{base.__name__}")
     if name not in AttentionBackendEnum.__members__:
         AttentionBackendEnum.register(name, f"{__name__}.{Packed.__name__}")
         globals()[Packed.__name__] = Packed  # vLLM imports a registered backend by its path
@@ -126,12 +142,15 @@ def packed_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
 
 
 @cache
-def row_selecting_backend(base: type[AttentionBackend], kernels: bool = False) -> type[AttentionBackend]:
+def row_selecting_backend(
+    base: type[AttentionBackend], kernels: bool = False, fixed: bool = False
+) -> type[AttentionBackend]:
     """`base` over block-outermost KV memory, for the global cache: its metadata covers the selected rows.
 
-    With `kernels`, its implementation leaves the steps that they are made for to the plugin's kernels.
+    With `kernels`, its implementation leaves the steps that they are made for to the plugin's kernels. With `fixed`,
+    each row attends by itself.
     """
-    packed = packed_backend(base)
+    packed = packed_backend(base, fixed)
 
     class Builder(RowSelecting, packed.get_builder_cls()):  # type: ignore[misc]  # as above
         pass

@@ -24,6 +24,7 @@ from vllm_yocou.options import Options
 from vllm_yocou.rows.hand_over import RowOwner, RowSlots, StepRows
 from vllm_yocou.rows.prefill_node import PrefillNode
 from vllm_yocou.serving.backend import packed_backend, row_selecting_backend, served_backend, smallest_block
+from vllm_yocou.serving.batch_invariance import is_fixed
 from vllm_yocou.serving.cache_specs import GlobalCacheSpec, WindowCacheSpec
 from vllm_yocou.serving.capacity import Capacity, Load
 from vllm_yocou.serving.packing import Packing
@@ -70,7 +71,7 @@ class Cache(Attention):
 
     @staticmethod
     def backend_over(base: type[AttentionBackend], kernels: bool) -> type[AttentionBackend]:
-        return packed_backend(base)
+        return packed_backend(base, is_fixed())
 
     @property
     def token_bytes(self) -> int:
@@ -139,7 +140,7 @@ class GlobalCache(Cache, RowOwner):
 
     @staticmethod
     def backend_over(base: type[AttentionBackend], kernels: bool) -> type[AttentionBackend]:
-        return row_selecting_backend(base, kernels)
+        return row_selecting_backend(base, kernels, is_fixed())
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         """Take the memory that vLLM has allocated, and say how many requests the whole pool holds."""

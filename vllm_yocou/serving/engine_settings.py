@@ -16,6 +16,7 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 
 from vllm_yocou.options import Options
 from vllm_yocou.seams.check import check_all, check_packing
+from vllm_yocou.serving.batch_invariance import check_batch_invariance, choose_worker
 from vllm_yocou.serving.connectors import check_connectors, check_offloading
 from vllm_yocou.workarounds import (
     refuse_engines_without_memory_node,
@@ -344,6 +345,7 @@ REFUSALS = (
     check_connectors,
     check_offloading,
     check_compilation_mode,
+    check_batch_invariance,
     check_packing,
 )
 ADJUSTMENTS = (
@@ -352,6 +354,7 @@ ADJUSTMENTS = (
     choose_clamping_experts,
     choose_compilation,
     choose_chunk,
+    choose_worker,
 )
 HOOKS = (expose_metrics, observe_requests, warn_of_seed)
 

@@ -6,6 +6,8 @@ Most of vLLM's kernels for experts ignore the limit in silence, and those for a 
 from vllm.model_executor.layers.fused_moe import MoERunner, UnquantizedFusedMoEMethod
 from vllm.platforms import current_platform
 
+from vllm_yocou.serving.batch_invariance import is_fixed
+
 # vLLM's classes of experts that clamp, by their source.
 CLAMPING = ("TritonExperts", "BatchedTritonExperts", "TritonWNA16Experts", "MarlinExperts")
 
@@ -38,12 +40,14 @@ def check_clamp(runner: MoERunner) -> None:
         )
 
 
-def pass_over_other_ranks(runner: MoERunner) -> None:
-    """With expert parallelism on a CPU, have a rank compute its own experts alone; called as `check_clamp` is.
+def choose_loop(runner: MoERunner) -> None:
+    """On a CPU, loop over experts with expert parallelism, of which a rank computes its own, and with fixed shapes.
+
+    Called as `check_clamp` is.
 
     Quantized experts do not come here: the engine settings refuse them.
     """
-    if runner.moe_config.use_ep and current_platform.is_cpu():
+    if is_fixed() or (runner.moe_config.use_ep and current_platform.is_cpu()):
         from vllm_yocou.serving.looped_experts import loop_over_experts
 
         loop_over_experts(runner)

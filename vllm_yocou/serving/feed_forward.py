@@ -17,7 +17,7 @@ from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.qwen2_moe import Qwen2MoeMLP
 
 from vllm_yocou.config import YocoUConfig
-from vllm_yocou.serving.expert_kernels import check_clamp, pass_over_other_ranks
+from vllm_yocou.serving.expert_kernels import check_clamp, choose_loop
 from vllm_yocou.workarounds import exchange_rows_on_cpu
 
 
@@ -113,7 +113,7 @@ class MixtureOfExperts(nn.Module):
         )
         if config.swiglu_limit is not None:
             check_clamp(self.experts)
-        pass_over_other_ranks(self.experts)
+        choose_loop(self.experts)
         exchange_rows_on_cpu(self.experts)
 
     def into_latent(self, h_ND: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,13 @@
 """Experts on a CPU in a loop over those that rows have chosen, where no kernel of vLLM's computes the right thing.
 
-None of its kernels clamps, and none passes over the experts of other ranks.
+None of its kernels clamps, none passes over the experts of other ranks, and none fixes the shapes of its products.
 
 Shapes: N rows, R rows of one expert, X width that experts read and write, E experts of this rank, F their own width, k
 experts that a row uses.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,9 @@ from torch.nn import functional as F
 from vllm.model_executor.layers.fused_moe import MoERunner, UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.utils.torch_utils import direct_register_custom_op
+
+from vllm_yocou.serving.batch_invariance import is_fixed
+from vllm_yocou.serving.fixed_tiles import multiply_in_tiles, tile_sizes
 
 
 def loop_over_experts(runner: MoERunner) -> None:
@@ -29,11 +34,13 @@ def looped_experts(
     chosen_Nk: torch.Tensor,
     own: torch.Tensor | None,
     limit: float | None,
+    sizes: list[int],
 ) -> None:
     """Write the weighted sum of each row's experts on this rank into `out_NX`.
 
     The rows of `gate_up_EFX` are F gates, then F ups. `own` gives the place of each expert of all ranks among the E,
-    -1 for one of another rank's; None where all are this rank's.
+    -1 for one of another rank's; None where all are this rank's. Products are of tiles of these `sizes`, or whole where
+    there are none.
 
     An operator, since compiled code cannot loop over the experts that rows have chosen.
     """
@@ -43,12 +50,20 @@ def looped_experts(
         if expert < 0:
             continue
         rows, slots = (places_Nk == expert).nonzero(as_tuple=True)
-        gate_RF, up_RF = F.linear(x_NX[rows], gate_up_EFX[expert]).chunk(2, dim=-1)
+        gate_RF, up_RF = product(x_NX[rows], gate_up_EFX[expert], sizes).chunk(2, dim=-1)
         if limit is not None:
             gate_RF, up_RF = gate_RF.clamp(max=limit), up_RF.clamp(-limit, limit)
         h_RF = F.silu(gate_RF) * up_RF
-        sum_NX.index_add_(0, rows, F.linear(h_RF, down_EXF[expert]) * weights_Nk[rows, slots, None].float())
+        sum_NX.index_add_(0, rows, product(h_RF, down_EXF[expert], sizes) * weights_Nk[rows, slots, None].float())
     out_NX.copy_(sum_NX)
+
+
+def product(x_RX: torch.Tensor, weight_YX: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    if not sizes:
+        return F.linear(x_RX, weight_YX)
+    out_RY = x_RX.new_empty(len(x_RX), len(weight_YX))
+    multiply_in_tiles(lambda tile_nX: F.linear(tile_nX, weight_YX), x_RX, sizes, out_RY)
+    return out_RY
 
 
 def looped_experts_fake(
@@ -60,6 +75,7 @@ def looped_experts_fake(
     chosen_Nk: torch.Tensor,
     own: torch.Tensor | None,
     limit: float | None,
+    sizes: list[int],
 ) -> None:
     return None
 
@@ -75,8 +91,16 @@ direct_register_custom_op(
 class LoopedExperts(CPUUnquantizedExperts):
     """vLLM's experts on a CPU, whose weights stay as they were loaded and are multiplied expert by expert."""
 
+    sizes: tuple[int, ...] = ()  # of the tiles of its products, if these have fixed shapes
+
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Pack nothing."""
+        if is_fixed():
+            agreeing = [
+                set(tile_sizes(partial(F.linear, weight=weight), weight.shape[1], weight.dtype, "experts"))
+                for weight in (layer.w13_weight[0], layer.w2_weight[0])
+            ]
+            self.sizes = tuple(sorted(set.intersection(*agreeing), reverse=True))
 
     def apply(
         self,
@@ -93,7 +117,9 @@ class LoopedExperts(CPUUnquantizedExperts):
         **kwargs: Any,
     ) -> None:
         limit = self.moe_config.swiglu_limit
-        torch.ops.vllm.yocou_looped_experts(output, hidden_states, w1, w2, topk_weights, topk_ids, expert_map, limit)
+        torch.ops.vllm.yocou_looped_experts(
+            output, hidden_states, w1, w2, topk_weights, topk_ids, expert_map, limit, self.sizes
+        )
 
 
 class LoopedMethod(UnquantizedFusedMoEMethod):

@@ -14,9 +14,10 @@ from typing import cast
 import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture, is_breakable_cudagraph_enabled
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.forward_context import get_forward_context
+from vllm.forward_context import get_forward_context, in_piecewise_cudagraph
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -27,8 +28,9 @@ from vllm.sequence import IntermediateTensors
 from vllm_yocou.checkpoints.verify import verified
 from vllm_yocou.config import YocoUConfig
 from vllm_yocou.options import Options
-from vllm_yocou.rows.ranks import Ranks
+from vllm_yocou.rows.ranks import Ranks, RankShares
 from vllm_yocou.rows.selection import why_all_rows
+from vllm_yocou.serving.batch_invariance import is_fixed
 from vllm_yocou.serving.caches import GlobalCache, packing_of, uses_kernels, window_caches
 from vllm_yocou.serving.compilation import (
     PieceCapture,
@@ -109,6 +111,7 @@ class YocoUModel(nn.Module):
             )
         self.norm = stream_norm(config)
         self.ranks = Ranks.of(vllm_config)
+        self.breaks_for_rows = is_breakable_cudagraph_enabled() and why_all_rows(vllm_config) is None
         self.adapters: SelectedRowsAdapters | None = None
         if get_tensor_model_parallel_rank() == 0:
             for line in self.describe(vllm_config):
@@ -167,13 +170,31 @@ class YocoUModel(nn.Module):
             x_ND = self.self_decoder(positions_N, x_ND, iteration)
         written = self.global_kv(positions_N, x_ND)
         shares = None if agreement is None else agreement.shares()
-        if step is None and shares is None:
+        if step is None and shares is None and not (self.breaks_for_rows and in_piecewise_cudagraph()):
             return self.norm(self.cross_decoder(positions_N, x_ND, written))
         # The rows left out stay zero: nobody reads them (rows/selection.py).
         out_ND = torch.zeros_like(x_ND, dtype=self.dtype)
-        wanted = cache.wanted_rows()
+        self.cross_decode(positions_N, x_ND, written, shares, out_ND)
+        return out_ND
+
+    @eager_break_during_capture
+    def cross_decode(
+        self,
+        positions_N: torch.Tensor,
+        x_ND: torch.Tensor,
+        written: torch.Tensor,
+        shares: RankShares | None,
+        out_ND: torch.Tensor,
+    ) -> None:
+        """Run the rows that somebody reads through the cross-decoder, into `out_ND`.
+
+        A breakable CUDA graph calls it again in every replay. So which rows these are is asked for here: whoever calls
+        it answers for the step that was captured.
+        """
+        cache = self.global_kv.cache
+        step, wanted = cache.step_rows(), cache.wanted_rows()
         if shares.nobody_calls if shares else not wanted:
-            return out_ND
+            return
         # Where other ranks wait for this one, a row that nobody reads takes part; padding comes after the real rows.
         rows_M = step.rows_M if step is not None and wanted else slice(max(wanted, 1))
         with (
@@ -182,7 +203,6 @@ class YocoUModel(nn.Module):
             self.adapters.in_force() if self.adapters else nullcontext(),
         ):
             out_ND[rows_M] = self.norm(self.cross_decoder(positions_N[rows_M], x_ND[rows_M], written))
-        return out_ND
 
 
 class YocoUForCausalLM(nn.Module, SupportsLoRA):
@@ -228,6 +248,10 @@ class YocoUForCausalLM(nn.Module, SupportsLoRA):
         if self.config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.config.vocab_size, scale=self.config.logit_scale)
+        if is_fixed():
+            from vllm_yocou.serving.fixed_tiles import fix_tiles
+
+            fix_tiles(self, vllm_config)
 
     @property
     def lora_manager(self) -> LoRAModelManager | None:

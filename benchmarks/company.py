@@ -1,0 +1,174 @@
+"""How far a request's log probabilities move with what else the engine computes: other requests, chunks, hits."""
+
+from benchmarks.engine import config, core, start, stop
+
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+from vllm import LLM, SamplingParams
+from vllm.inputs import TokensPrompt
+
+from benchmarks.console import progress, publish
+from benchmarks.results import Result
+
+PROMPT, OTHERS, LONGEST, ANSWER = 1_100, 47, 200, 16  # tokens, requests, tokens, tokens
+CHUNKS = (100, 333)
+MODES = ("vLLM's", "VLLM_BATCH_INVARIANT=1")
+ALONE = "alone, once more"
+COMPANY = f"among {OTHERS} others"
+HIT, PREEMPTED = "after a prefix hit", "after a preemption"
+
+MIXTURE: dict[str, Any] = dict(
+    num_self_decoder_layers=2,
+    num_hidden_layers=4,
+    hidden_size=256,
+    intermediate_size=512,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=256,
+    shared_expert_intermediate_size=256,
+)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What is started: a model, and how."""
+
+    model: str
+    dtype: str
+    runner: str = "V1"
+    compiled: bool = False
+    changed: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def how(self) -> str:
+        parts = [f"T = {self.changed.get('num_iterations', 3)}", self.runner]
+        return ", ".join([*parts, "compiled" if self.compiled else "eager"])
+
+
+def engines(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> list[Engine]:
+    """Every model in both types; the width that differs most also with T = 1, on the other runner and compiled."""
+    found = []
+    for dtype in dtypes:
+        found += [Engine("yoco-u-kjv", dtype), Engine("57M", dtype), Engine("mixture", dtype, changed=MIXTURE)]
+        found += [
+            Engine("57M", dtype, changed=dict(num_iterations=1)),
+            Engine("57M", dtype, runner="V2"),
+            Engine("57M", dtype, compiled=True),
+            Engine("mixture", dtype, runner="V2", compiled=True, changed=MIXTURE),
+        ]
+    return found
+
+
+def start_engine(engine: Engine, **settings: Any) -> LLM:
+    shape = "57M" if engine.model == "mixture" else engine.model
+    common: dict[str, Any] = dict(max_model_len=2 * PROMPT, max_num_batched_tokens=2 * PROMPT, max_num_seqs=OTHERS + 1)
+    common |= dict(enforce_eager=not engine.compiled, kv_cache_memory_bytes=1 << 30, enable_prefix_caching=True)
+    return start(config(shape, **engine.changed), dtype=engine.dtype, **common | settings)
+
+
+def probe(engine: Engine, mode: str, **settings: Any) -> list[tuple[str, str, float]]:
+    """What `Prober.differences` finds in an engine that is gone afterwards."""
+    variables = {
+        "VLLM_BATCH_INVARIANT": str(int(mode == MODES[1])),
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(engine.runner == "V2")),
+    }
+    with patch.dict(os.environ, variables):
+        prober = Prober(start_engine(engine, **settings))
+        try:
+            return list(prober.differences())
+        finally:
+            stop(prober.__dict__.pop("llm"))
+
+
+def prompt(length: int, seed: int) -> TokensPrompt:
+    numbers = random.Random(seed)
+    return TokensPrompt(prompt_token_ids=[numbers.randrange(10, 8_000) for _ in range(length)])
+
+
+class Prober:
+    """Sends one prompt to an engine in different company."""
+
+    def __init__(self, llm: LLM):
+        self.llm = llm
+        self.answer = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True, logprobs=0, detokenize=False)
+        self.prompts = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        self.probe = prompt(PROMPT, 0)
+        self.others = [prompt(20 + random.Random(n).randrange(LONGEST - 20), n + 1) for n in range(OTHERS)]
+
+    def run(self, params: SamplingParams, others: bool = False, chunk: int = 0, preempt_after: int = 0) -> list[float]:
+        """Log probabilities of the probe's prompt, or of its answer.
+
+        Args:
+            chunk: tokens of a step that the prompt takes at most; 0 for all of it.
+            preempt_after: steps after which every request is preempted; 0 for none.
+        """
+        scheduler = core(self.llm).scheduler
+        engine = self.llm.llm_engine
+        with patch.object(scheduler.scheduler_config, "long_prefill_token_threshold", chunk):
+            # The probe stands in the middle, in whatever order the batch has.
+            before, after = (self.others[:20], self.others[20:]) if others else ([], [])
+            for number, one in enumerate(before):
+                engine.add_request(f"before-{number}", one, self.answer)
+            engine.add_request("probe", self.probe, params)
+            for number, one in enumerate(after):
+                engine.add_request(f"after-{number}", one, self.answer)
+            found: Any = None
+            steps = 0
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.request_id == "probe" and output.finished:
+                        found = output
+                steps += 1
+                if steps == preempt_after:
+                    engine.reset_prefix_cache(reset_running_requests=True)
+        if params.prompt_logprobs is not None:
+            tokens, entries = found.prompt_token_ids[1:], found.prompt_logprobs[1:]
+        else:
+            tokens, entries = found.outputs[0].token_ids, found.outputs[0].logprobs
+        self.hit = found.num_cached_tokens
+        return [entry[token].logprob for token, entry in zip(tokens, entries, strict=True)]
+
+    def afresh(self, *args: Any, **kwargs: Any) -> list[float]:
+        assert self.llm.reset_prefix_cache()
+        return self.run(*args, **kwargs)
+
+    def differences(self) -> Iterator[tuple[str, str, float]]:
+        """(what of the probe, in which company, largest difference from the probe alone)."""
+        for what, params in (("prompt", self.prompts), ("answer", self.answer)):
+            alone = self.afresh(params)
+
+            def largest(other: list[float], alone: list[float] = alone) -> float:
+                return max(abs(a - b) for a, b in zip(alone, other, strict=True))
+
+            yield what, ALONE, largest(self.afresh(params))
+            yield what, COMPANY, largest(self.afresh(params, others=True))
+            for chunk in CHUNKS:
+                yield what, f"in chunks of {chunk}", largest(self.afresh(params, chunk=chunk))
+            if what == "answer":
+                hit = self.run(params)
+                assert self.hit
+                yield what, HIT, largest(hit)
+                yield what, PREEMPTED, largest(self.afresh(params, others=True, preempt_after=ANSWER // 2))
+
+
+def measure(chosen: list[Engine] | None = None, **settings: Any) -> Result:
+    """`settings` apply to every engine, in addition to the table's own."""
+    result = Result.here("company", prompt=PROMPT, others=OTHERS, longest_other=LONGEST, answer=ANSWER)
+    for engine in chosen if chosen is not None else engines():
+        for mode in MODES:
+            progress(f"{engine.model}, {engine.dtype}, {engine.how}: {mode}")
+            for what, company, difference in probe(engine, mode, **settings):
+                of = dict(model=engine.model, dtype=engine.dtype, how=engine.how, mode=mode, of=what, company=company)
+                result.add("largest difference", "nats", difference, **of)
+    return result
+
+
+if __name__ == "__main__":
+    publish(measure())

@@ -1,0 +1,65 @@
+"""Batch invariance on a CPU: a request's numbers do not depend, in a single bit, on what else the engine computes.
+
+vLLM's variable VLLM_BATCH_INVARIANT asks for it. On GPUs it is vLLM's; for a CPU vLLM has nothing, and there this plugin
+fixes what depends on the other rows of a step: the shapes of products (fixed_tiles.py) and the split of attention
+(row_by_row.py). Everything else is computed row by row as it is. What is not known to be is refused.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+WORKER = "vllm_yocou.serving.invariant_worker.InvariantWorker"
+VARIABLE = "VLLM_BATCH_INVARIANT=1"
+
+
+def is_fixed() -> bool:
+    """Whether this process computes with fixed shapes."""
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    return bool(envs.VLLM_BATCH_INVARIANT) and current_platform.is_cpu()
+
+
+def check_batch_invariance(vllm_config: "VllmConfig") -> None:
+    """Refuse settings under which nothing has shown that the promise holds."""
+    if not is_fixed():
+        return
+    parallel, model_config = vllm_config.parallel_config, vllm_config.model_config
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    reasons = {
+        f"quantization ({model_config.quantization})": (
+            model_config.quantization is not None,
+            "vLLM's kernels for it choose the order of a sum by the number of rows, serve plain weights",
+        ),
+        f"--kv-cache-dtype {cache_dtype}": (
+            cache_dtype not in ("auto", "float32", "float16", "bfloat16"),
+            "attention over such a cache has not been shown to keep every bit, leave it out",
+        ),
+        "--enable-lora": (
+            vllm_config.lora_config is not None,
+            "products with adapters have the shapes of a step, merge the adapter into the weights",
+        ),
+        f"--tensor-parallel-size {parallel.tensor_parallel_size}": (
+            parallel.tensor_parallel_size > 2,
+            "the sum of more than two ranks depends on its order, use 2 at most",
+        ),
+        "data-parallel ranks that share experts": (
+            parallel.data_parallel_size > 1 and model_config.is_moe,
+            "they compute each other's rows, start one server for each engine",
+        ),
+        f"--worker-cls {parallel.worker_cls}": (
+            parallel.worker_cls not in ("auto", WORKER),
+            "the plugin brings a worker of its own for it, leave it out",
+        ),
+    }
+    for thing, (is_asked_for, reason) in reasons.items():
+        if is_asked_for:
+            raise ValueError(f"{thing} cannot be used with {VARIABLE} on a CPU: {reason}.")
+
+
+def choose_worker(vllm_config: "VllmConfig") -> None:
+    """Let the plugin's worker start the engine: vLLM's would put kernels for GPUs in place of a CPU's."""
+    if is_fixed():
+        vllm_config.parallel_config.worker_cls = WORKER
