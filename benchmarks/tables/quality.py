@@ -184,7 +184,41 @@ def soak_note(result: Result) -> str:
     )
 
 
+def trainer_kl_rows(result: Result) -> Rows:
+    rows = []
+    for model in result.keys("model"):
+        for dtype in result.keys("dtype"):
+            of = dict(model=model, dtype=dtype)
+            own, replayed = (
+                [
+                    cell(result.median("KL", **of, routing=routing), ".1e"),
+                    cell(result.median("largest |r - 1|", **of, routing=routing), ".2g"),
+                ]
+                for routing in ("own", "replayed")
+            )
+            others = cell(result.median("tokens with other experts", **of), ".1%")
+            rows.append([model, dtype, *own, others, *replayed])
+    header = ["model", "dtype", "KL, nats", "largest deviation of a ratio", "tokens with other experts"]
+    return [*header, "KL, experts replayed", "largest deviation, experts replayed"], rows
+
+
+def trainer_kl_note(result: Result) -> str:
+    settings = result.settings
+    return (
+        f"KL(trainer ‖ server) over {settings['answers']} answers of {settings['tokens']} tokens after prompts of "
+        f"{settings['prompt']}, sampled at temperature 1; eager. Ratios are p_trainer / p_server of sampled tokens."
+    )
+
+
 TABLES = (
+    Table(
+        name="trainer_kl",
+        about="How far the reference model is from the server that samples its answers, in the same dtype",
+        needs="nothing",
+        takes="10 minutes",
+        rows=trainer_kl_rows,
+        note=trainer_kl_note,
+    ),
     Table(
         name="t_sweep",
         about="One shape trained at several T on the same tokens, and what each T costs to serve",

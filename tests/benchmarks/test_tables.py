@@ -308,3 +308,41 @@ def test_scores_of_healing():
         ["after initialisation", 2, "900.0", "0.500", "0.500", "0.000", "18.0 MiB (1/10.0)", "5.0 (0.50x)"],
         ["after healing", 2, "90.0", "0.600", "0.500", "0.250", "18.0 MiB (1/10.0)", "5.0 (0.50x)"],
     ]
+
+
+def test_trainer_kl(starts_vllm, nightly, monkeypatch):
+    """The goal in bfloat16: 0.001 for a dense model, 0.002 for a mixture; with its experts replayed a tenth of that."""
+    from benchmarks import trainer_kl
+
+    monkeypatch.setattr(trainer_kl, "DTYPES", ("bfloat16",))
+    monkeypatch.setattr(trainer_kl, "SHAPES", {"small mixture": trainer_kl.SHAPES["small mixture"]})
+    for name, value in dict(ANSWERS=32, TOKENS=64).items():
+        monkeypatch.setattr(trainer_kl, name, value)
+    result = trainer_kl.measure()
+    assert result.median("KL", model="trained example") < 0.001
+    assert result.median("KL", model="small mixture", routing="own") < 0.004  # few tokens: one expert weighs much
+    assert result.median("KL", model="small mixture", routing="replayed") < 0.0002
+    dense, mixture = shown(result)
+    assert dense[4:] == ["", "", ""] and all(mixture)
+
+
+def test_rows_of_trainer_and_server():
+    result = Result("trainer_kl", "")
+    result.add("KL", "nats", 2e-4, model="dense", dtype="bfloat16", routing="own")
+    result.add("largest |r - 1|", "", 0.1, model="dense", dtype="bfloat16", routing="own")
+    assert shown(result) == [["dense", "bfloat16", "2.0e-04", "0.1", "", "", ""]]
+
+
+def test_noise_of_a_server_is_a_divergence():
+    from benchmarks.trainer_kl import deviation, differing
+
+    generator = torch.Generator().manual_seed(0)
+    trainer_V = torch.randn(50, generator=generator).log_softmax(-1)
+    server_V = (trainer_V + 0.1 * torch.randn(50, generator=generator)).log_softmax(-1)
+    exact = (trainer_V.exp() * (trainer_V - server_V)).sum().item()
+    tokens = server_V.exp().multinomial(100_000, replacement=True, generator=generator)
+    found = deviation(trainer_V[tokens], server_V[tokens])
+    assert found.kl == pytest.approx(exact, rel=0.03) and found.largest > 0.1
+    assert deviation(trainer_V, trainer_V) == (0, 0)
+    served = torch.tensor([[[[0, 1]], [[1, 0]], [[1, 2]], [[-1, -1]]]])
+    assert differing(torch.tensor([0, 1]).expand_as(served), served, tokens=4) == 0.25

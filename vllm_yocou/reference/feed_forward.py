@@ -85,19 +85,24 @@ class MoE(nn.Module):
         """Take away a gate that was built before anyone knew that the weights hold none."""
         self.shared_expert_gate = None
 
-    def forward(self, h_BND: torch.Tensor) -> torch.Tensor:
+    def forward(self, h_BND: torch.Tensor, routed_BNk: torch.Tensor | None = None) -> torch.Tensor:
+        """`routed_BNk` replays what another computation has chosen; where it is negative, this one chooses."""
         h_ND = h_BND.flatten(0, -2)
         probabilities_NE = self.gate(h_ND).softmax(-1, dtype=torch.promote_types(h_ND.dtype, torch.float32))
         weights_Nk, chosen_Nk = probabilities_NE.topk(self.top_k)
+        if routed_BNk is not None:
+            routed_Nk = routed_BNk.flatten(0, -2).to(chosen_Nk)
+            chosen_Nk = routed_Nk.where(routed_Nk >= 0, chosen_Nk)
+            weights_Nk = probabilities_NE.gather(-1, chosen_Nk)
         if self.renormalise:
             weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdim=True)
         z_NX = through(h_ND, self.fc1_latent_proj, self.fc1_latent_norm)
-        out_NX = torch.zeros_like(z_NX)
+        # As kernels for experts do, weighted and added in float32 at least, and rounded once.
+        out_NX = torch.zeros_like(z_NX, dtype=weights_Nk.dtype)
         for e, expert in enumerate(self.experts):
             rows, slots = (chosen_Nk == e).nonzero(as_tuple=True)
-            routed = expert(z_NX[rows]) * weights_Nk[rows, slots, None].to(z_NX.dtype)
-            out_NX = out_NX.index_add(0, rows, routed)
-        out_ND = through(out_NX, self.fc2_latent_norm, self.fc2_latent_proj)
+            out_NX = out_NX.index_add(0, rows, expert(z_NX[rows]) * weights_Nk[rows, slots, None])
+        out_ND = through(out_NX.to(z_NX.dtype), self.fc2_latent_norm, self.fc2_latent_proj)
         if self.shared_expert is not None:
             shared_ND = self.shared_expert(h_ND)
             if self.shared_expert_gate is not None:

@@ -45,8 +45,9 @@ class DecoderLayer(GradientCheckpointingLayer):
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, config.swiglu_limit)
 
-    def feed_forward(self, x_BND: torch.Tensor) -> torch.Tensor:
-        return x_BND + self.mlp(self.post_attention_layernorm(x_BND))
+    def feed_forward(self, x_BND: torch.Tensor, routed_BNk: torch.Tensor | None) -> torch.Tensor:
+        h_BND = self.post_attention_layernorm(x_BND)
+        return x_BND + (self.mlp(h_BND, routed_BNk) if isinstance(self.mlp, MoE) else self.mlp(h_BND))
 
 
 class SelfDecoderLayer(DecoderLayer):
@@ -56,9 +57,11 @@ class SelfDecoderLayer(DecoderLayer):
         super().__init__(config, layer)
         self.self_attn = WindowAttention(config, layer)
 
-    def forward(self, x_BND: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(
+        self, x_BND: torch.Tensor, *args: Any, routed_BNk: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
         attended_BND, _ = self.self_attn(self.input_layernorm(x_BND), *args, **kwargs)
-        return self.feed_forward(x_BND + attended_BND)
+        return self.feed_forward(x_BND + attended_BND, routed_BNk)
 
 
 class CrossDecoderLayer(DecoderLayer):
@@ -68,9 +71,11 @@ class CrossDecoderLayer(DecoderLayer):
         super().__init__(config, config.num_self_decoder_layers + layer)
         self.cross_attn = CrossAttention(config)
 
-    def forward(self, x_BND: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(
+        self, x_BND: torch.Tensor, *args: Any, routed_BNk: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
         attended_BND, _ = self.cross_attn(self.input_layernorm(x_BND), *args, **kwargs)
-        return self.feed_forward(x_BND + attended_BND)
+        return self.feed_forward(x_BND + attended_BND, routed_BNk)
 
 
 class Decoder(nn.Module):
@@ -147,12 +152,17 @@ class YocoUModel(YocoUPreTrainedModel):
         past_key_values: YocoUCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        routed_experts: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """input_ids (B, N), attention_mask (B, past + N), position_ids (B, N) -> last_hidden_state (B, N, D).
 
         attention_mask may also map "sliding_attention" and "full_attention" to the masks that the attention function
         takes, as transformers' mask functions make them.
+
+        routed_experts (B, N, T·S + C, k) replays experts that another computation has chosen, for each pass through a
+        layer in the order in which they run. The model chooses where they are negative, and layers without experts
+        ignore theirs.
 
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds, no token, a cache of another model, a mapping of
@@ -200,14 +210,15 @@ class YocoUModel(YocoUPreTrainedModel):
         if cfg.cross_decoder_rope:
             cross_rotation = Rotation.of(cfg, cfg.cross_head_dim, position_ids, dtype)
 
+        routed = iter(() if routed_experts is None else routed_experts.unbind(2))
         for iteration in range(cfg.num_iterations):
             for layer in self.self_decoder.layers:
-                x_BND = layer(x_BND, iteration, rotation, window_mask, cache, **kwargs)
+                x_BND = layer(x_BND, iteration, rotation, window_mask, cache, routed_BNk=next(routed, None), **kwargs)
         k_BKLd, v_BKLd = self.global_kv(x_BND, cross_rotation)
         if cache is not None:
             k_BKLd, v_BKLd = cache.update(k_BKLd, v_BKLd, cfg.num_iterations * cfg.num_self_decoder_layers)
         for layer in self.cross_decoder.layers:
-            x_BND = layer(x_BND, k_BKLd, v_BKLd, cross_rotation, global_mask, **kwargs)
+            x_BND = layer(x_BND, k_BKLd, v_BKLd, cross_rotation, global_mask, routed_BNk=next(routed, None), **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BND), past_key_values=cache)
 
 

@@ -11,13 +11,14 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.activation import SiluAndMulWithClamp
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.qwen2_moe import Qwen2MoeMLP
+from vllm.platforms import current_platform
 
 from vllm_yocou.config import YocoUConfig
 from vllm_yocou.serving.expert_kernels import check_clamp, choose_loop
+from vllm_yocou.serving.norm import norm
 from vllm_yocou.workarounds import exchange_rows_on_cpu
 
 
@@ -64,8 +65,10 @@ class MixtureOfExperts(nn.Module):
         assert config.num_experts and config.num_experts_per_tok and config.moe_intermediate_size
         # vLLM's `force_fp32_compute` would round the weights where it has a kernel for rounded ones.
         router_dtype = torch.float32 if config.router_in_fp32 else None
+        # vLLM's softmax over experts is computed in the scores' dtype on a CPU, and in float32 on GPUs.
+        scores_dtype = torch.float32 if current_platform.is_cpu() else router_dtype
         self.gate = GateLinear(
-            D, config.num_experts, out_dtype=router_dtype, params_dtype=router_dtype, prefix=f"{prefix}.gate"
+            D, config.num_experts, out_dtype=scores_dtype, params_dtype=router_dtype, prefix=f"{prefix}.gate"
         )
         self.shared_expert: SharedExpert | None = None
         self.shared_expert_gate: nn.Module | None = None
@@ -93,8 +96,8 @@ class MixtureOfExperts(nn.Module):
                 L, D, bias=False, quant_config=quant, prefix=f"{prefix}.fc2_latent_proj"
             )
             if config.moe_latent_norm:
-                self.fc1_latent_norm = RMSNorm(L, eps=config.rms_norm_eps)
-                self.fc2_latent_norm = RMSNorm(L, eps=config.rms_norm_eps)
+                self.fc1_latent_norm = norm(L, config.rms_norm_eps)
+                self.fc2_latent_norm = norm(L, config.rms_norm_eps)
             # Between the two, vLLM sums over ranks: it takes no output transform for linear that does not say so.
             latent["routed_input_transform"] = Transform(self.into_latent)
             latent["routed_output_transform"] = Transform(self.out_of_latent)
@@ -106,7 +109,7 @@ class MixtureOfExperts(nn.Module):
             intermediate_size=config.moe_intermediate_size,
             renormalize=config.norm_topk_prob,
             quant_config=quant,
-            router_logits_dtype=router_dtype,
+            router_logits_dtype=scores_dtype,
             swiglu_limit=config.swiglu_limit,
             prefix=f"{prefix}.experts",
             **latent,

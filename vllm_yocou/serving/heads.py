@@ -13,6 +13,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 from vllm_yocou.config import YocoUConfig
+from vllm_yocou.serving.norm import weight_dtype
 
 
 class HeadNorm(RMSNorm):
@@ -42,7 +43,7 @@ def head_norm(config: YocoUConfig, head_dim: int, wanted: bool) -> nn.Module:
         return nn.Identity()
     if config.qk_clip_limit is not None:
         return HeadClip(head_dim, config.qk_clip_limit, config.rms_norm_eps)
-    return HeadNorm(head_dim, eps=config.rms_norm_eps)
+    return HeadNorm(head_dim, eps=config.rms_norm_eps, dtype=weight_dtype())
 
 
 class GatedHeads(nn.Module):

@@ -19,6 +19,7 @@ from vllm_yocou.config import YocoUConfig
 from vllm_yocou.serving.caches import GlobalCache, Loop, WindowCache, uses_kernels
 from vllm_yocou.serving.feed_forward import feed_forward
 from vllm_yocou.serving.heads import GatedHeads, head_norm
+from vllm_yocou.serving.norm import norm
 from vllm_yocou.serving.rope import rotary_embedding
 
 
@@ -35,7 +36,8 @@ class StreamNorm(RMSNorm):
 
 def stream_norm(config: YocoUConfig) -> RMSNorm:
     """A norm of what the layers add to."""
-    return (StreamNorm if config.residual_in_fp32 else RMSNorm)(config.hidden_size, eps=config.rms_norm_eps)
+    make = StreamNorm if config.residual_in_fp32 else norm
+    return make(config.hidden_size, config.rms_norm_eps)
 
 
 class LoopedWindowAttention(GatedHeads):
