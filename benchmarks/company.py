@@ -19,7 +19,6 @@ PROMPT, OTHERS, LONGEST, ANSWER = 1_100, 47, 200, 16  # tokens, requests, tokens
 CHUNKS = (100, 333)
 MODES = ("vLLM's", "VLLM_BATCH_INVARIANT=1")
 ALONE = "alone, once more"
-COMPANY = f"among {OTHERS} others"
 HIT, PREEMPTED = "after a prefix hit", "after a preemption"
 
 MIXTURE: dict[str, Any] = dict(
@@ -42,26 +41,23 @@ class Engine:
 
     model: str
     dtype: str
-    runner: str = "V1"
     compiled: bool = False
     changed: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def how(self) -> str:
-        parts = [f"T = {self.changed.get('num_iterations', 3)}", self.runner]
-        return ", ".join([*parts, "compiled" if self.compiled else "eager"])
+        return f"T = {self.changed.get('num_iterations', 3)}, {'compiled' if self.compiled else 'eager'}"
 
 
 def engines(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> list[Engine]:
-    """Every model in both types; the width that differs most also with T = 1, on the other runner and compiled."""
+    """Every model in both types; the width that differs most also with T = 1, and compiled."""
     found = []
     for dtype in dtypes:
         found += [Engine("yoco-u-kjv", dtype), Engine("57M", dtype), Engine("mixture", dtype, changed=MIXTURE)]
         found += [
             Engine("57M", dtype, changed=dict(num_iterations=1)),
-            Engine("57M", dtype, runner="V2"),
             Engine("57M", dtype, compiled=True),
-            Engine("mixture", dtype, runner="V2", compiled=True, changed=MIXTURE),
+            Engine("mixture", dtype, compiled=True, changed=MIXTURE),
         ]
     return found
 
@@ -75,11 +71,7 @@ def start_engine(engine: Engine, **settings: Any) -> LLM:
 
 def probe(engine: Engine, mode: str, **settings: Any) -> list[tuple[str, str, float]]:
     """What `Prober.differences` finds in an engine that is gone afterwards."""
-    variables = {
-        "VLLM_BATCH_INVARIANT": str(int(mode == MODES[1])),
-        "VLLM_USE_V2_MODEL_RUNNER": str(int(engine.runner == "V2")),
-    }
-    with patch.dict(os.environ, variables):
+    with patch.dict(os.environ, VLLM_BATCH_INVARIANT=str(int(mode == MODES[1]))):
         prober = Prober(start_engine(engine, **settings))
         try:
             return list(prober.differences())
@@ -87,20 +79,35 @@ def probe(engine: Engine, mode: str, **settings: Any) -> list[tuple[str, str, fl
             stop(prober.__dict__.pop("llm"))
 
 
-def prompt(length: int, seed: int) -> TokensPrompt:
+def prompt(length: int, vocabulary: int, seed: int) -> TokensPrompt:
     numbers = random.Random(seed)
-    return TokensPrompt(prompt_token_ids=[numbers.randrange(10, 8_000) for _ in range(length)])
+    return TokensPrompt(prompt_token_ids=[numbers.randrange(3, vocabulary) for _ in range(length)])
 
 
 class Prober:
-    """Sends one prompt to an engine in different company."""
+    """Sends one prompt to an engine in different company.
 
-    def __init__(self, llm: LLM):
-        self.llm = llm
+    Args:
+        tokens: of the prompt.
+        others: requests beside it, of at most `longest` tokens each.
+        chunks: tokens of a step that the prompt takes at most, in two other runs.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        tokens: int = PROMPT,
+        others: int = OTHERS,
+        longest: int = LONGEST,
+        chunks: tuple[int, ...] = CHUNKS,
+    ):
+        self.llm, self.chunks = llm, chunks
+        vocabulary = llm.model_config.get_vocab_size()
         self.answer = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True, logprobs=0, detokenize=False)
         self.prompts = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        self.probe = prompt(PROMPT, 0)
-        self.others = [prompt(20 + random.Random(n).randrange(LONGEST - 20), n + 1) for n in range(OTHERS)]
+        self.probe = prompt(tokens, vocabulary, 0)
+        lengths = [random.Random(n).randrange(20, longest) for n in range(others)]
+        self.others = [prompt(length, vocabulary, n + 1) for n, length in enumerate(lengths)]
 
     def run(self, params: SamplingParams, others: bool = False, chunk: int = 0, preempt_after: int = 0) -> list[float]:
         """Log probabilities of the probe's prompt, or of its answer.
@@ -113,7 +120,7 @@ class Prober:
         engine = self.llm.llm_engine
         with patch.object(scheduler.scheduler_config, "long_prefill_token_threshold", chunk):
             # The probe stands in the middle, in whatever order the batch has.
-            before, after = (self.others[:20], self.others[20:]) if others else ([], [])
+            before, after = (self.others[::2], self.others[1::2]) if others else ([], [])
             for number, one in enumerate(before):
                 engine.add_request(f"before-{number}", one, self.answer)
             engine.add_request("probe", self.probe, params)
@@ -148,8 +155,8 @@ class Prober:
                 return max(abs(a - b) for a, b in zip(alone, other, strict=True))
 
             yield what, ALONE, largest(self.afresh(params))
-            yield what, COMPANY, largest(self.afresh(params, others=True))
-            for chunk in CHUNKS:
+            yield what, f"among {len(self.others)} others", largest(self.afresh(params, others=True))
+            for chunk in self.chunks:
                 yield what, f"in chunks of {chunk}", largest(self.afresh(params, chunk=chunk))
             if what == "answer":
                 hit = self.run(params)

@@ -167,7 +167,7 @@ def sampled(llm: LLM, prompts: list[list[int]]) -> Answers:
         experts = routes.of_answers()
     else:
         outputs, experts = llm.generate(inputs, parameters, use_tqdm=False), None
-    completions = [output.outputs[0] for output in outputs]
+    completions: list[Any] = [output.outputs[0] for output in outputs]
     tokens = [[*prompt, *completion.token_ids] for prompt, completion in zip(prompts, completions, strict=True)]
     served = [
         [entries[token].logprob for token, entries in zip(one.token_ids, one.logprobs, strict=True)]
@@ -180,7 +180,7 @@ def served(folder: Path, dtype: str, prompts: list[list[int]], **settings: Any) 
     """By an engine that is gone afterwards."""
     common: dict[str, Any] = dict(skip_tokenizer_init=True, enforce_eager=True, kv_cache_memory_bytes=512 << 20)
     common |= dict(max_model_len=2 * (PROMPT + TOKENS), max_num_seqs=len(prompts))
-    llm = LLM(str(folder), dtype=dtype, **common | settings)
+    llm = LLM(str(folder), **dict(dtype=dtype) | common | settings)
     answers = sampled(llm, prompts)
     llm.llm_engine.engine_core.shutdown()
     return answers

@@ -11,7 +11,7 @@ the place of OfflineClient, and the server registers the backend where it import
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from vllm import LLM
@@ -63,7 +63,9 @@ class BucketReceiver(WeightTransferEngine[WeightTransferInitInfo, Bucket]):
         dtypes = [getattr(torch, dtype) for dtype in update_info.dtypes]
         packed = mapped(update_info.file, sum(update_info.sizes))
         # The tensors are views of memory that the trainer fills again: the model copies what it keeps.
-        self.model.load_weights(unpack_tensor(packed, update_info.names, update_info.shapes, dtypes, update_info.sizes))
+        cast(Any, self.model).load_weights(
+            unpack_tensor(packed, update_info.names, update_info.shapes, dtypes, update_info.sizes)
+        )
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)

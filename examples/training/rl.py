@@ -35,7 +35,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # Before vLLM is imported: an engine in a process of its own batches requests as they happen to come.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -45,6 +45,7 @@ import corpus
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.inputs import TokensPrompt
 
 from vllm_yocou.checkpoints.write import copy_companions
 from vllm_yocou.reference import YocoUForCausalLM
@@ -91,16 +92,19 @@ def score(outputs: list[RequestOutput], version: str) -> Samples:
                 raise RuntimeError(f"a verse was sampled with the weights {served_by}, not with {version!r}.")
             prompt = output.prompt_token_ids or []
             ids.append(torch.tensor([*prompt, *verse.token_ids]))
-            sampled = zip(verse.token_ids, verse.logprobs or (), strict=True)
-            logprobs.append(torch.tensor([0.0] * (len(prompt) - 1) + [row[token].logprob for token, row in sampled]))
+            rows: Any = verse.logprobs  # asked for
+            sampled = [row[token].logprob for token, row in zip(verse.token_ids, rows, strict=True)]
+            logprobs.append(torch.tensor([0.0] * (len(prompt) - 1) + sampled))
             starts.append(len(prompt) - 1)
             rewards.append(reward(verse.text, verse.finish_reason == "stop"))
     grouped = torch.tensor(rewards).view(len(outputs), -1)
     others = (grouped.sum(1, keepdim=True) - grouped) / (grouped.shape[1] - 1)
     is_sampled = [torch.arange(len(row)) >= start for row, start in zip(logprobs, starts, strict=True)]
-    padded = [torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (ids, is_sampled, logprobs)]
+    padded_ids, padded_mask, padded_logprobs = (
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (ids, is_sampled, logprobs)
+    )
     texts = [verse.text for output in outputs for verse in output.outputs]
-    return Samples(*padded, grouped.flatten(), (grouped - others).flatten(), texts)
+    return Samples(padded_ids, padded_mask, padded_logprobs, grouped.flatten(), (grouped - others).flatten(), texts)
 
 
 def logprobs(model: YocoUForCausalLM, ids: torch.Tensor) -> torch.Tensor:
@@ -193,7 +197,7 @@ def learn(arguments: argparse.Namespace) -> list[float]:
     print("step  reward       KL    ratio   drift   seconds: sampling, gradient, weights")
     for step in range(arguments.steps):
         begin = time.perf_counter()
-        asked = [{"prompt_token_ids": prompt} for prompt in prompts(tokenizer, arguments.prompts, chooser)]
+        asked = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts(tokenizer, arguments.prompts, chooser)]
         samples = score(llm.generate(asked, parameters, use_tqdm=False), version)
         sampled = time.perf_counter()
         away = drift(start, samples)

@@ -18,6 +18,7 @@ from benchmarks.server import user_environment
 from harness.checkout import ROOT
 
 IN_PROCESS = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+INVARIANT = {"VLLM_BATCH_INVARIANT": "1"}
 # What harness/engine_process.py says of each of them, and the environment that it is started with.
 RUNNERS = {
     "v1": IN_PROCESS,
@@ -26,6 +27,8 @@ RUNNERS = {
     "v2": IN_PROCESS,
     "v2-triton": IN_PROCESS,
     # One core for each rank; vLLM would give all cores to the first.
+    "v2-invariant": IN_PROCESS | INVARIANT,
+    "two-ranks-invariant": IN_PROCESS | INVARIANT | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
     "two-ranks": IN_PROCESS | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
 }
 END_S = 60

@@ -1,4 +1,4 @@
-"""Rows skip in steps that replay breakable CUDA graphs: the cross-decoder runs between two of them, on each step's rows."""
+"""Rows skip where breakable CUDA graphs are replayed: the cross-decoder runs between two of them, on a step's rows."""
 
 import pytest
 from harness import tiny

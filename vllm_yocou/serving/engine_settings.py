@@ -129,6 +129,14 @@ def check_experts_on_cpu(vllm_config: "VllmConfig") -> None:
         )
 
 
+def check_routed_experts(vllm_config: "VllmConfig") -> None:
+    if vllm_config.aux_output_config.enable_return_routed_experts:
+        raise ValueError(
+            "--enable-return-routed-experts cannot be used with YOCO-U: vLLM notes one choice for each stored layer and "
+            "row, and here iterations choose anew and rows skip layers, leave the flag out."
+        )
+
+
 def check_int8(vllm_config: "VllmConfig") -> None:
     def matrices() -> Iterator[tuple[int, ...]]:
         """Listed only where somebody asks: a mixture has thousands."""
@@ -336,6 +344,7 @@ REFUSALS = (
     check_speculation,
     check_fast_prefill,
     check_experts_on_cpu,
+    check_routed_experts,
     refuse_engines_without_memory_node,
     check_int8,
     refuse_fp8_by_a_given_scale,

@@ -8,7 +8,7 @@ experts that a row uses.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
@@ -96,9 +96,10 @@ class LoopedExperts(CPUUnquantizedExperts):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Pack nothing."""
         if is_fixed():
+            w13_EFX, w2_EXF = cast(torch.Tensor, layer.w13_weight), cast(torch.Tensor, layer.w2_weight)
             agreeing = [
                 set(tile_sizes(partial(F.linear, weight=weight), weight.shape[1], weight.dtype, "experts"))
-                for weight in (layer.w13_weight[0], layer.w2_weight[0])
+                for weight in (w13_EFX[0], w2_EXF[0])
             ]
             self.sizes = tuple(sorted(set.intersection(*agreeing), reverse=True))
 

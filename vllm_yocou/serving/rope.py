@@ -57,10 +57,11 @@ def rotary_embedding(vllm_config: VllmConfig, head_dim: int) -> nn.Module:
     positions = max(config.max_position_embeddings, vllm_config.model_config.max_model_len)
     neox, rope = not config.rope_interleaved, config.rope_parameters
     # On a GPU casts would be launches of their own, and the plugin's kernels read vLLM's table.
-    wide = current_platform.is_cpu() and vllm_config.model_config.dtype != torch.float32
-    dtype = torch.float32 if wide else vllm_config.model_config.dtype
+    dtype = cast(torch.dtype, vllm_config.model_config.dtype)  # vLLM has made it one
+    wide = current_platform.is_cpu() and dtype != torch.float32
+    dtype = torch.float32 if wide else dtype
     if rope["rope_type"] == "yoco2024":
-        layer = yoco2024_rotary_embedding(head_dim, head_dim, positions, rope["rope_theta"], neox, dtype)
+        layer: nn.Module = yoco2024_rotary_embedding(head_dim, head_dim, positions, rope["rope_theta"], neox, dtype)
         return WideRotation(layer) if wide else layer
     if rope["rope_type"] == "linear":
         positions = math.ceil(positions / rope["factor"])  # vLLM multiplies this type's table length by the factor

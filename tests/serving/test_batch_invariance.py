@@ -1,0 +1,94 @@
+"""With VLLM_BATCH_INVARIANT on a CPU, what a request is told does not depend on its company, in a single bit."""
+
+import pytest
+import torch
+from harness import tiny
+from vllm.engine.arg_utils import EngineArgs
+
+from benchmarks.company import ALONE, HIT, PREEMPTED, Prober
+
+# Heads so wide that attention's tiles depend on a request's rows, and matrices whose order of sums does.
+WIDE = dict(hidden_size=512, intermediate_size=1536, head_dim=128, num_attention_heads=8, sliding_window=100)
+COMPANY = dict(tokens=333, others=7, longest=60, chunks=(37, 100))
+SETTINGS = dict(max_num_batched_tokens=512, enable_prefix_caching=True)
+MODELS = {
+    "dense": (tiny.config, WIDE | dict(num_iterations=3)),
+    "mixture": (tiny.moe_config, dict(hidden_size=512, moe_intermediate_size=1536, num_iterations=1)),
+}
+
+
+@pytest.fixture
+def invariant(monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+
+
+def found(engine, folder, kind: str, **settings) -> dict[tuple[str, str], float]:
+    make, sizes = MODELS[kind]
+    tiny.model(make(**sizes)).save_pretrained(folder)
+    prober = Prober(engine(folder, **SETTINGS | settings), **COMPANY)
+    return {(what, company): difference for what, company, difference in prober.differences()}
+
+
+CASES = [
+    pytest.param("dense", dict(dtype="float32"), id="dense-float32"),
+    pytest.param("mixture", dict(dtype="bfloat16"), id="mixture-bfloat16"),
+    pytest.param("dense", dict(dtype="bfloat16"), id="dense-bfloat16", marks=pytest.mark.slow),
+    pytest.param("mixture", dict(dtype="float32"), id="mixture-float32", marks=pytest.mark.slow),
+    pytest.param(
+        "dense", dict(dtype="bfloat16", compilation_config={"mode": 3}), id="dense-compiled", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        "mixture", dict(dtype="float32", compilation_config={"mode": 3}), id="mixture-compiled", marks=pytest.mark.slow
+    ),
+]
+
+
+@pytest.mark.parametrize("kind, settings", CASES)
+def test_no_bit_depends_on_company(kind, settings, engine, invariant, tmp_path):
+    """Alone, among others, in chunks, after a prefix hit, after a preemption; T = 3 and T = 1."""
+    differences = found(engine, tmp_path, kind, **settings)
+    assert len(differences) == 10 and {("answer", HIT), ("answer", PREEMPTED)} < differences.keys()
+    assert set(differences.values()) == {0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, dtype", [("dense", "float32"), ("mixture", "bfloat16")])
+def test_without_it_bits_do_depend_on_company(kind, dtype, engine, tmp_path):
+    """So that the sizes of these tests show what they are for; and no more than the documentation says."""
+    differences = found(engine, tmp_path, kind, dtype=dtype)
+    assert differences["answer", ALONE] == 0
+    assert 0 < max(differences.values()) < (1e-4 if dtype == "float32" else 0.2)
+
+
+REFUSED = [
+    (dict(quantization="fp8_per_channel"), r"quantization \(fp8_per_channel\)"),
+    (dict(kv_cache_dtype="fp8"), "--kv-cache-dtype fp8"),
+    (dict(enable_lora=True), "--enable-lora"),
+    (dict(tensor_parallel_size=4), "--tensor-parallel-size 4"),
+    (dict(worker_cls="vllm.v1.worker.cpu_worker.CPUWorker"), "--worker-cls vllm"),
+]
+
+
+@pytest.mark.parametrize("settings, thing", REFUSED, ids=[thing for _, thing in REFUSED])
+def test_what_is_not_known_to_keep_every_bit_is_refused(settings, thing, invariant, tmp_path):
+    tiny.config(num_attention_heads=4, num_key_value_heads=4, architectures=["YocoUForCausalLM"]).save_pretrained(
+        tmp_path
+    )
+    arguments = EngineArgs(str(tmp_path), skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16", **settings)
+    with pytest.raises(ValueError, match=f"{thing}.* cannot be used with VLLM_BATCH_INVARIANT=1 on a CPU: "):
+        arguments.create_engine_config()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine_process", ["v2-invariant", "two-ranks-invariant"], indirect=True)
+def test_no_bit_depends_on_company_on_other_runners(engine_process, tmp_path):
+    """A prompt alone, and again among others and in other chunks: vLLM's V2 runner, and two tensor parallel ranks."""
+    make, sizes = MODELS["dense"]
+    tiny.model(make(**sizes)).save_pretrained(tmp_path)
+    probe = {"prompt": tiny.prompt(133), "sampling": {"logprobs": 0, "prompt_logprobs": 0}}
+    others = [{"prompt": tiny.prompt(length)} for length in (5, 40, 77)]
+    alone, among = engine_process.run(tmp_path, [[probe], [*others[:2], probe, others[2]]], dtype="bfloat16")
+    for what in ("prompt_logprobs",):
+        assert getattr(alone.outputs[0], what) == getattr(among.outputs[2], what)
+    assert alone.outputs[0].outputs[0].logprobs == among.outputs[2].outputs[0].logprobs
+    assert torch.tensor(alone.outputs[0].outputs[0].token_ids).numel()
