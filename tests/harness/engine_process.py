@@ -38,7 +38,13 @@ from unittest.mock import patch
 
 from harness import data_ranks, host_reads, interpreter
 
-METRICS = ("yocou_self_decoder_rows", "yocou_cross_decoder_rows", "yocou_skipped_rows", "num_preemptions")
+METRICS = (
+    "yocou_self_decoder_rows",
+    "yocou_cross_decoder_rows",
+    "yocou_skipped_rows",
+    "num_preemptions",
+    "spec_decode_num_accepted_tokens",
+)
 DEFAULTS = dict(
     skip_tokenizer_init=True,
     dtype="float32",

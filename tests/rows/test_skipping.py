@@ -1,9 +1,10 @@
 """Prompt rows skip the cross-decoder in vLLM's V1 and V2 runners, and no answer changes.
 
-One engine a runner: chunks of 37 tokens, eight requests at a time, prefix caching; and engines with n-gram speculation.
+One engine a runner: chunks of 37 tokens, eight requests at a time, prefix caching; and engines that speculate.
 """
 
 import random
+from importlib.util import find_spec
 
 import pytest
 from harness import tiny
@@ -13,6 +14,12 @@ from harness.runners import Batch, EngineProcess
 CHUNK = 37
 RUNNERS = ("v1", "v2")
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+NGRAM_GPU = NGRAM | {"method": "ngram_gpu"}
+NEEDS_ARCTIC_INFERENCE = pytest.mark.skipif(
+    find_spec("arctic_inference") is None, reason="needs the package arctic-inference, which no extra installs"
+)
+SUFFIX = {"method": "suffix"}  # up to 24 drafts
+CUSTOM_CLASS = {"method": "custom_class", "model": "harness.drafts.AfterTheLastToken", "num_speculative_tokens": 3}
 
 
 def mixed(count: int, seed: int) -> list[dict]:
@@ -116,17 +123,36 @@ def test_preempted_requests(ran):
 )
 def test_ngram_speculation_is_exact(engine_process, skips, tmp_path):
     """V2 skips under speculation too; V1 cannot tell who wants prompt log probabilities then, and skips nothing."""
+    speculating(engine_process, skips, tmp_path, NGRAM)
+
+
+@pytest.mark.parametrize(
+    "engine_process, skips, speculation",
+    [
+        pytest.param("v1", False, CUSTOM_CLASS, marks=pytest.mark.runner("v1")),
+        pytest.param("v1", False, SUFFIX, marks=[pytest.mark.runner("v1"), NEEDS_ARCTIC_INFERENCE, pytest.mark.slow]),
+        pytest.param("v2", True, NGRAM_GPU, marks=[pytest.mark.runner("v2"), pytest.mark.slow]),
+    ],
+    indirect=["engine_process"],
+    ids=["custom_class", "suffix", "ngram_gpu"],
+)
+def test_other_speculation_is_exact(engine_process, skips, speculation, tmp_path):
+    speculating(engine_process, skips, tmp_path, speculation)
+
+
+def speculating(process: EngineProcess, skips: bool, folder, speculation: dict) -> None:
     model = tiny.model(tiny.config())
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(folder)
     repeating = [{"prompt": tiny.prompt(9, seed) * 11, "sampling": {"max_tokens": 16}} for seed in range(2)]
     # A prompt of one token next to another's decode is scheduled with drafts, which nothing was sampled before.
     padded = [{"prompt": tiny.prompt(length, 5), "sampling": {"max_tokens": 8}} for length in (CHUNK, 1, 100)]
     requests = [*padded, *mixed(4, seed=300), *repeating]
-    (batch,) = engine_process.run(tmp_path, [requests], speculative_config=NGRAM)
+    (batch,) = process.run(folder, [requests], speculative_config=speculation)
     check(model, requests, batch.outputs)
     self_rows, cross_rows = (sum(counts) for counts in zip(*map(rows, requests), strict=True))
     assert batch.metrics["yocou_skipped_rows"] == (self_rows - cross_rows if skips else 0)
     assert batch.metrics["yocou_self_decoder_rows"] > self_rows  # refused drafts are rows as well
+    assert batch.metrics["spec_decode_num_accepted_tokens"] > 0
 
 
 @pytest.mark.runner("v2-triton")

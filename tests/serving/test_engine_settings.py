@@ -51,6 +51,7 @@ REFUSED = [
         "num_attention_heads 3 is not divisible by the tensor parallel size 2",
     ),
 ]
+WITHOUT_A_DRAFT_MODEL = "use 'ngram', 'ngram_gpu', 'suffix' or 'custom_class', or leave it out"
 
 
 @pytest.fixture(scope="module")
@@ -99,16 +100,29 @@ def test_compiled_code_is_not_shared_with_and_without_kernels(checkpoint, monkey
 
 def test_a_draft_model_is_refused(checkpoint):
     draft = {"method": "draft_model", "model": checkpoint, "num_speculative_tokens": 2}
-    with pytest.raises(ValueError, match=r"by 'draft_model' cannot be used with YOCO-U: .* use 'ngram'"):
+    with pytest.raises(ValueError, match=rf"by 'draft_model' cannot be used with YOCO-U: .* {WITHOUT_A_DRAFT_MODEL}"):
         configured(checkpoint, speculative_config=draft)
 
 
-@pytest.mark.parametrize("method", ["eagle", "mtp", "medusa", "suffix"])
+@pytest.mark.parametrize("method", ["eagle", "mtp", "medusa", "extract_hidden_states"])
 def test_other_speculative_methods_are_refused(method):
     """Checked alone: vLLM makes no config of most of them without the model that they draft with."""
     asked = SimpleNamespace(speculative_config=SimpleNamespace(method=method))
-    with pytest.raises(ValueError, match=f"by '{method}' cannot be used with YOCO-U: .* use 'ngram'"):
+    with pytest.raises(ValueError, match=f"by '{method}' cannot be used with YOCO-U: .* {WITHOUT_A_DRAFT_MODEL}"):
         check_speculation(asked)
+
+
+def test_ngram_on_the_gpu_needs_the_v2_runner(checkpoint):
+    asked = {"method": "ngram_gpu", "num_speculative_tokens": 2}
+    with pytest.raises(ValueError, match=r"by 'ngram_gpu' .* V1 runner, which a CPU always has: .*, use 'ngram'\."):
+        configured(checkpoint, speculative_config=asked)
+    check_speculation(SimpleNamespace(speculative_config=SimpleNamespace(method="ngram_gpu"), use_v2_model_runner=True))
+
+
+def test_suffix_decoding_names_the_package_that_it_needs(checkpoint, monkeypatch):
+    monkeypatch.setattr("vllm.config.speculative.has_arctic_inference", lambda: False)
+    with pytest.raises(ImportError, match=r"Arctic Inference is required for suffix decoding.*pip install"):
+        configured(checkpoint, speculative_config={"method": "suffix"})
 
 
 def test_overrides_by_a_function_are_checked_too(checkpoint):

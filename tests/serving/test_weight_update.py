@@ -13,6 +13,7 @@ from harness import file_transfer, tiny
 from harness.engines import generate, model_runner
 from harness.oracle import agrees, check
 from harness.quantized import FORMATS
+from harness.sleep import drop_weights, lost_tensors
 from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 
@@ -103,6 +104,16 @@ def test_vllms_weight_transfer(engine_of_old):
     for start in range(0, len(names), 10):
         engine_of_old.update(names[start : start + 10])
     engine_of_old.call("finish_weight_update")
+    engine_of_old.serves(engine_of_old.models[1])
+
+
+def test_weights_come_back_after_sleep_level_2(engine_of_old):
+    """It leaves what the memory happens to hold; a CPU has no sleep, but the same loads. Further models are below."""
+    drop_weights(engine_of_old.model)
+    engine_of_old.call("reload_weights")
+    engine_of_old.serves(engine_of_old.models[0])
+    drop_weights(engine_of_old.model)
+    send(engine_of_old, engine_of_old.tensors(1), 10)
     engine_of_old.serves(engine_of_old.models[1])
 
 
@@ -236,6 +247,7 @@ KINDS = {
 def test_kinds_of_models(engine, tmp_path, kind):
     """With and without the copy of a tied head that a trainer's state_dict has and its named_parameters have not."""
     served = Engine(engine, tmp_path, **KINDS[kind])
+    assert not lost_tensors(served.model)
     old, new = (dict(model.named_parameters()) for model in served.models)
     old, new = ({name: tensor.detach() for name, tensor in tensors.items()} for tensors in (old, new))
     returned = send(served, new, 7)
@@ -251,6 +263,13 @@ def test_kinds_of_models(engine, tmp_path, kind):
         served.model.load_weights([("other", torch.zeros(1))])
     send(served, new, 10)
     served.serves(served.models[1])
+    assert not lost_tensors(served.model)
+    drop_weights(served.model)
+    if kind == "random-start":
+        send(served, old, 10)
+    else:
+        served.reload(0)
+    served.serves(served.models[0])
 
 
 @pytest.mark.parametrize(
@@ -274,6 +293,7 @@ def test_quantized_checkpoints(engine, tmp_path, name):
     served.reload(1)
     full = rows(served.answers())
     assert full != first
+    drop_weights(served.model)  # as sleep level 2
     served.reload(0)
     assert rows(served.answers()) == first
     send(served, served.tensors(1), 1)

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
     from vllm_yocou.config import YocoUConfig
 
-SPECULATIVE_METHODS = ("ngram",)
+# Those of vLLM's that guess from tokens alone, by a search or by a class of the user's.
+SPECULATIVE_METHODS = ("ngram", "ngram_gpu", "suffix", "custom_class")
 # Load formats in which vLLM copies tensors into a model without calling its `load_weights`.
 NAMELESS = ("ipc_cache", "runai_streamer_sharded", "sharded_state", "tensorizer")
 # Quantization of a plain checkpoint, and formats of vLLM's for loading one.
@@ -85,11 +86,20 @@ def check_context_parallel(vllm_config: "VllmConfig") -> None:
 
 
 def check_speculation(vllm_config: "VllmConfig") -> None:
+    """Drafts of any origin are exact, since the model checks them; layers that draft need caches of their own."""
     speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method not in SPECULATIVE_METHODS:
+    if speculative is None:
+        return
+    if speculative.method not in SPECULATIVE_METHODS:
+        *names, last = map(repr, SPECULATIVE_METHODS)
         raise ValueError(
             f"speculative decoding by '{speculative.method}' cannot be used with YOCO-U: no draft model shares its "
-            "packed KV cache, use 'ngram' or leave it out."
+            f"packed KV cache, use {', '.join(names)} or {last}, or leave it out."
+        )
+    if speculative.method == "ngram_gpu" and not vllm_config.use_v2_model_runner:
+        raise ValueError(
+            "speculative decoding by 'ngram_gpu' cannot be used with YOCO-U on vLLM's V1 runner, which a CPU always "
+            "has: its search there needs a GPU and a compilation of its own, use 'ngram'."
         )
 
 
