@@ -6,7 +6,10 @@ what depends on the other rows of a step: the shapes of products (fixed_tiles.py
 Everything else is computed row by row already. Settings for which that has not been shown are refused.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -64,3 +67,15 @@ def choose_worker(vllm_config: "VllmConfig") -> None:
     """Let the plugin's worker start the engine: vLLM's would put kernels for GPUs in place of a CPU's."""
     if is_fixed():
         vllm_config.parallel_config.worker_cls = WORKER
+
+
+@contextmanager
+def experts_accepted() -> Iterator[None]:
+    """While experts are made: vLLM refuses a CPU's, and knows nothing of what computes them here (looped_experts.py)."""
+    if not is_fixed():
+        yield
+        return
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    with patch.object(CPUUnquantizedExperts, "_supports_batch_invariance", staticmethod(lambda: True)):
+        yield

@@ -17,6 +17,7 @@ from vllm.model_executor.models.qwen2_moe import Qwen2MoeMLP
 from vllm.platforms import current_platform
 
 from vllm_yocou.config import YocoUConfig
+from vllm_yocou.serving.batch_invariance import experts_accepted
 from vllm_yocou.serving.expert_kernels import check_clamp, choose_loop
 from vllm_yocou.serving.norm import norm
 from vllm_yocou.workarounds import exchange_rows_on_cpu
@@ -101,19 +102,20 @@ class MixtureOfExperts(nn.Module):
             # Between the two, vLLM sums over ranks: it takes no output transform for linear that does not say so.
             latent["routed_input_transform"] = Transform(self.into_latent)
             latent["routed_output_transform"] = Transform(self.out_of_latent)
-        self.experts = FusedMoEFactory(
-            shared_experts=self.shared_expert,
-            num_experts=config.num_experts,
-            top_k=config.num_experts_per_tok,
-            hidden_size=L or D,
-            intermediate_size=config.moe_intermediate_size,
-            renormalize=config.norm_topk_prob,
-            quant_config=quant,
-            router_logits_dtype=scores_dtype,
-            swiglu_limit=config.swiglu_limit,
-            prefix=f"{prefix}.experts",
-            **latent,
-        )
+        with experts_accepted():
+            self.experts = FusedMoEFactory(
+                shared_experts=self.shared_expert,
+                num_experts=config.num_experts,
+                top_k=config.num_experts_per_tok,
+                hidden_size=L or D,
+                intermediate_size=config.moe_intermediate_size,
+                renormalize=config.norm_topk_prob,
+                quant_config=quant,
+                router_logits_dtype=scores_dtype,
+                swiglu_limit=config.swiglu_limit,
+                prefix=f"{prefix}.experts",
+                **latent,
+            )
         if config.swiglu_limit is not None:
             check_clamp(self.experts)
         choose_loop(self.experts)

@@ -16,13 +16,14 @@ from vllm.model_executor.layers.fused_moe import MoERunner, UnquantizedFusedMoEM
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from vllm_yocou.serving.batch_invariance import is_fixed
+from vllm_yocou.serving.batch_invariance import experts_accepted, is_fixed
 from vllm_yocou.serving.fixed_tiles import multiply_in_tiles, tile_sizes
 
 
 def loop_over_experts(runner: MoERunner) -> None:
     """Have unquantized experts computed by the loop; called before their weights are loaded."""
-    runner._replace_quant_method(LoopedMethod(runner.moe_config))
+    with experts_accepted():
+        runner._replace_quant_method(LoopedMethod(runner.moe_config))
 
 
 def looped_experts(
