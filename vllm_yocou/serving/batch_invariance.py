@@ -1,8 +1,7 @@
 """Batch invariance on a CPU: a request's numbers do not depend, in a single bit, on what else the engine computes.
 
-vLLM's variable VLLM_BATCH_INVARIANT asks for it, and vLLM knows how to keep it on GPUs alone. On a CPU this plugin fixes
-what depends on the other rows of a step: the shapes of products (fixed_tiles.py) and the split of attention
-(row_by_row.py).
+vLLM's variable VLLM_BATCH_INVARIANT asks for it, and vLLM itself keeps it on GPUs alone. On a CPU this plugin fixes what
+depends on the other rows of a step: the shapes of products (fixed_tiles.py) and the split of attention (row_by_row.py).
 Everything else is computed row by row already. Settings for which that has not been shown are refused.
 """
 
@@ -71,7 +70,7 @@ def choose_worker(vllm_config: "VllmConfig") -> None:
 
 @contextmanager
 def experts_accepted() -> Iterator[None]:
-    """While experts are made: vLLM refuses a CPU's, and knows nothing of what computes them here (looped_experts.py)."""
+    """While experts are made: vLLM refuses a CPU's, and does not know what computes them here (looped_experts.py)."""
     if not is_fixed():
         yield
         return

@@ -142,8 +142,8 @@ def check_experts_on_cpu(vllm_config: "VllmConfig") -> None:
 def check_routed_experts(vllm_config: "VllmConfig") -> None:
     if vllm_config.aux_output_config.enable_return_routed_experts:
         raise ValueError(
-            "--enable-return-routed-experts cannot be used with YOCO-U: vLLM notes one choice for each stored layer and "
-            "row, and here iterations choose anew and rows skip layers, leave the flag out."
+            "--enable-return-routed-experts cannot be used with YOCO-U: vLLM notes one choice for each stored layer "
+            "and row, and here iterations choose anew and rows skip layers, leave the flag out."
         )
 
 
