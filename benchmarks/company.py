@@ -1,15 +1,16 @@
 """How far a request's log probabilities move with what else the engine computes: other requests, chunks, hits."""
 
-from benchmarks.engine import config, core, start, stop
+from benchmarks.engine import config, core, decoding, prompt_s, start, step_s, stop
 
 import os
 import random
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
-from vllm import LLM, SamplingParams
+from vllm import LLM, SamplingParams, envs
 from vllm.inputs import TokensPrompt
 
 from benchmarks.console import progress, publish
@@ -17,6 +18,8 @@ from benchmarks.results import Result
 
 PROMPT, OTHERS, LONGEST, ANSWER = 1_100, 47, 200, 16  # tokens, requests, tokens, tokens
 CHUNKS = (100, 333)
+DTYPES = ("float32", "bfloat16")
+BATCHES, CONTEXT, ROUNDS, STEPS = (1, 8), 600, 5, 16
 MODES = ("vLLM's", "VLLM_BATCH_INVARIANT=1")
 ALONE = "alone, once more"
 HIT, PREEMPTED = "after a prefix hit", "after a preemption"
@@ -49,7 +52,7 @@ class Engine:
         return f"T = {self.changed.get('num_iterations', 3)}, {'compiled' if self.compiled else 'eager'}"
 
 
-def engines(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> list[Engine]:
+def engines(dtypes: tuple[str, ...]) -> list[Engine]:
     """Every model in both types; the width that differs most also with T = 1, and compiled."""
     found = []
     for dtype in dtypes:
@@ -165,10 +168,41 @@ class Prober:
                 yield what, PREEMPTED, largest(self.afresh(params, others=True, preempt_after=ANSWER // 2))
 
 
-def measure(chosen: list[Engine] | None = None, **settings: Any) -> Result:
-    """`settings` apply to every engine, in addition to the table's own."""
-    result = Result.here("company", prompt=PROMPT, others=OTHERS, longest_other=LONGEST, answer=ANSWER)
-    for engine in chosen if chosen is not None else engines():
+def price(result: Result, dtype: str) -> None:
+    """Prompts and decode steps of the 57M shape in both modes, interleaved."""
+    engines = {}
+    for mode in MODES:
+        with patch.dict(os.environ, VLLM_BATCH_INVARIANT=str(int(mode == MODES[1]))):
+            engines[mode] = start_engine(Engine("57M", dtype), enable_prefix_caching=False)
+        envs.disable_envs_cache()  # which the engine that has started filled, and the next one would read
+    prompts: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for number in range(1 + ROUNDS):
+        for mode, llm in engines.items():
+            seconds = prompt_s(llm, PROMPT)
+            prompts[mode] += [seconds] if number else []  # the first one warms up
+    for mode, runs in prompts.items():
+        result.add("first token", "s", runs, mode=mode, dtype=dtype)
+    for batch in BATCHES:
+        steps: dict[str, list[float]] = {mode: [] for mode in MODES}
+        with ExitStack() as stack:
+            for llm in engines.values():
+                stack.enter_context(decoding(llm, batch, CONTEXT, room=ROUNDS * STEPS + 100))
+            for _ in range(ROUNDS):
+                for mode, llm in engines.items():
+                    steps[mode] += [step_s(llm) for _ in range(STEPS)]
+        for mode, runs in steps.items():
+            result.add("decode step", "s", runs, mode=mode, dtype=dtype, batch=batch)
+    while engines:
+        stop(engines.popitem()[1])
+
+
+def measure(chosen: list[Engine] | None = None, dtypes: tuple[str, ...] = DTYPES, **settings: Any) -> Result:
+    """`settings` apply to every engine whose numbers are compared, in addition to the table's own."""
+    result = Result.here("company", prompt=PROMPT, others=OTHERS, longest_other=LONGEST, answer=ANSWER, context=CONTEXT)
+    for dtype in dtypes:
+        progress(f"price, {dtype}")
+        price(result, dtype)
+    for engine in chosen if chosen is not None else engines(dtypes):
         for mode in MODES:
             progress(f"{engine.model}, {engine.dtype}, {engine.how}: {mode}")
             for what, company, difference in probe(engine, mode, **settings):

@@ -34,9 +34,7 @@ def test_sizes_that_give_other_bits_are_left_out():
     def multiply(x_NX):
         return exact(x_NX) + 1e-6 * (len(x_NX) in (8, 128))
 
-    assert tile_sizes(multiply, 8, torch.float32, "a matrix") == tuple(
-        sorted({*SIZES, TILE} - {8, 128}, reverse=True)
-    )
+    assert tile_sizes(multiply, 8, torch.float32, "a matrix") == tuple(sorted({*SIZES, TILE} - {8, 128}, reverse=True))
 
 
 def test_a_product_that_depends_on_a_rows_place_is_refused():

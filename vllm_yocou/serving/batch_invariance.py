@@ -1,7 +1,8 @@
 """Batch invariance on a CPU: a request's numbers do not depend, in a single bit, on what else the engine computes.
 
-vLLM's variable VLLM_BATCH_INVARIANT asks for it, and vLLM itself keeps it on GPUs alone. On a CPU this plugin fixes what
-depends on the other rows of a step: the shapes of products (fixed_tiles.py) and the split of attention (row_by_row.py).
+vLLM's variable VLLM_BATCH_INVARIANT asks for it, and vLLM itself keeps it on GPUs alone. On a CPU this plugin fixes
+what depends on the other rows of a step: the shapes of products (fixed_tiles.py) and the split of attention
+(row_by_row.py).
 Everything else is computed row by row already. Settings for which that has not been shown are refused.
 """
 
