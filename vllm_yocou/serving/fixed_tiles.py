@@ -22,6 +22,9 @@ from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_l
 TILE = 16  # rows of the tile whose bits count
 SIZES = (256, 128, 64, 32, 8, 4, 2, 1)  # of tiles that are used as well where they give the same bits
 
+# By outputs, inputs, dtype and whether there is a bias: libraries look at nothing else, so each is tried once a process.
+KNOWN: dict[tuple[int, int, torch.dtype, bool], tuple[int, ...]] = {}
+
 # From rows (n, X) to (n, Y), in whatever order the library likes.
 Multiply = Callable[[torch.Tensor], torch.Tensor]
 
@@ -80,7 +83,12 @@ class FixedTiles:
         weight: Any = layer.weight
         (self.outputs, inputs), self.dtype = weight.shape, weight.dtype
         super().process_weights_after_loading(layer)  # type: ignore[misc]  # of the method that this is mixed into
-        self.sizes = tile_sizes(partial(super().apply, layer), inputs, self.dtype, self.name)  # type: ignore[misc]
+        bias = getattr(layer, "bias", None)
+        shape = (self.outputs, inputs, self.dtype, bias is not None)
+        if shape not in KNOWN:
+            multiply = partial(super().apply, layer, bias=bias)  # type: ignore[misc]
+            KNOWN[shape] = tile_sizes(multiply, inputs, self.dtype, self.name)
+        self.sizes = KNOWN[shape]
 
     def multiply(self, layer: nn.Module, x_NX: torch.Tensor, bias_Y: torch.Tensor | None, out_NY: torch.Tensor) -> None:
         vllms = super().apply  # type: ignore[misc]  # of the method that this is mixed into
