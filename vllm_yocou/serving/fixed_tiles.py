@@ -22,7 +22,7 @@ from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_l
 TILE = 16  # rows of the tile whose bits count
 SIZES = (256, 128, 64, 32, 8, 4, 2, 1)  # of tiles that are used as well where they give the same bits
 
-# By outputs, inputs, dtype and whether there is a bias: libraries look at nothing else, so each is tried once a process.
+# By outputs, inputs, dtype and whether there is a bias. Libraries look at nothing else: each is tried once a process.
 KNOWN: dict[tuple[int, int, torch.dtype, bool], tuple[int, ...]] = {}
 
 # From rows (n, X) to (n, Y), in whatever order the library likes.
