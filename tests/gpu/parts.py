@@ -81,10 +81,16 @@ def more(gpus: int, folder: Path) -> Iterator[Part]:
         (*TRITON, str(production(folder))) if gpus else ("--dtype", "float32", *EAGER, str(production(folder)))
     )
     yield check("the authors' switches", of_production, "FULL_AND_PIECEWISE" if gpus else "NONE", exact)
+    company = (*PYTEST, "-s", "tests/gpu/test_batch_invariance.py")
     if gpus:
-        yield Part("sleep levels, FP8 KV cache, offloading", (*PYTEST, "tests/gpu"), LONG_S, {}, of_pytest)
+        yield Part("engines that a CPU has none of", (*PYTEST, "tests/gpu"), LONG_S, {}, of_pytest)
+        yield Part("batch invariance", company, LONG_S, {"VLLM_BATCH_INVARIANT": "1"}, of_pytest)
+        breaking = {"VLLM_BATCH_INVARIANT": "1", "VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}
+        yield check("batch invariance in breakable graphs", FLASH, "FULL_AND_PIECEWISE", breaking)
     else:
-        yield Part("sleep levels, FP8 KV cache, offloading", why_not="it needs a GPU")
+        yield Part("engines that a CPU has none of", why_not="it needs a GPU")
+        fixed = {"VLLM_BATCH_INVARIANT": "1"}
+        yield check("batch invariance", ("--dtype", "bfloat16", *EAGER), "NONE", fixed)
     if gpus > 1 or not gpus:
         graphs = "FULL_AND_PIECEWISE" if gpus else "NONE"
         settings = () if gpus else ("--dtype", "float32", *EAGER)

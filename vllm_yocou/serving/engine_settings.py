@@ -182,6 +182,7 @@ def check_load_format(vllm_config: "VllmConfig") -> None:
 
 def check_kernels(vllm_config: "VllmConfig") -> None:
     """The plugin's own kernels need Triton, and bypass what vLLM wraps around its attention ops."""
+    from vllm import envs
     from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
     from vllm.triton_utils import HAS_TRITON
 
@@ -191,6 +192,7 @@ def check_kernels(vllm_config: "VllmConfig") -> None:
         "on this machine: vLLM finds no GPU that Triton compiles for": not HAS_TRITON,
         "with KV connectors: these load and save caches around vLLM's attention": vllm_config.kv_transfer_config,
         "with breakable CUDA graphs: these break at vLLM's attention alone": is_breakable_cudagraph_enabled(),
+        "with VLLM_BATCH_INVARIANT=1: other requests decide which kernel computes a row": envs.VLLM_BATCH_INVARIANT,
     }
     for reason, holds in reasons.items():
         if holds:
