@@ -22,7 +22,8 @@ def test_company(kind, backend, engine, tmp_path):
     llm = engine(tmp_path, dtype="bfloat16", enable_prefix_caching=True, **settings)
     prober = Prober(llm, tokens=900, others=15, longest=200, chunks=(100, 333))
     differences = {(what, company): largest for what, company, largest in prober.differences()}
+    mode = "invariant" if envs.VLLM_BATCH_INVARIANT else "not invariant"
     for (what, company), largest in differences.items():
-        print(f"{kind}, {backend}, {'' if envs.VLLM_BATCH_INVARIANT else 'not '}invariant: {what} {company} {largest:.1e}")
+        print(f"{kind}, {backend}, {mode}: {what} {company} {largest:.1e}")
     assert differences["answer", ALONE] == 0
     assert max(differences.values()) <= (0 if envs.VLLM_BATCH_INVARIANT else FURTHEST)

@@ -169,7 +169,7 @@ class RunnerEngines:
 
     def __init__(self, runner: str):
         self.runner, self.v2 = runner, runner.startswith("v2")
-        self.settings = DEFAULTS | (TWO_RANKS if runner == "two-ranks" else {})
+        self.settings = DEFAULTS | (TWO_RANKS if runner.startswith("two-ranks") else {})
         # First: importing vLLM looks for Triton, once.
         if self.v2:
             interpreter.install()
@@ -187,7 +187,7 @@ class RunnerEngines:
 
             self.graphs = recorded_graphs.RecordedGraph
             recorded_graphs.install()
-        if runner == "two-ranks":
+        if runner.startswith("two-ranks"):
             fork_workers()
         from harness.engines import know_the_model_class
 

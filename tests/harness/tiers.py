@@ -55,7 +55,7 @@ def group(item: pytest.Item) -> str | None:
 
     used, values = getattr(item, "fixturenames", ()), parameters(item)
     runner = next((value for value in values.values() if isinstance(value, str) and value in RUNNERS), "v1")
-    if "both_cores" in used or ("engine_processes" in used and runner == "two-ranks"):
+    if "both_cores" in used or ("engine_processes" in used and runner.startswith("two-ranks")):
         return BOTH_CORES
     if "engine_processes" in used:
         return f"runner {runner}"

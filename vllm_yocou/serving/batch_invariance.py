@@ -1,11 +1,12 @@
 """Batch invariance on a CPU: a request's numbers do not depend, in a single bit, on what else the engine computes.
 
 vLLM's variable VLLM_BATCH_INVARIANT asks for it, and vLLM itself keeps it on GPUs alone. On a CPU this plugin fixes
-what depends on the other rows of a step: the shapes of products (fixed_tiles.py) and the split of attention
-(row_by_row.py).
-Everything else is computed row by row already. Settings for which that has not been shown are refused.
+what depends on the other rows of a step: the shapes of products (fixed_tiles.py), the split of attention
+(row_by_row.py), and where torch's vectors end (fixed_sigmoid.py). Everything else is computed row by row already.
+Settings for which that has not been shown are refused.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -28,6 +29,15 @@ def is_fixed() -> bool:
 
 def check_batch_invariance(vllm_config: "VllmConfig") -> None:
     """Refuse settings under which nothing has shown that the promise holds."""
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    asked = bool(int(os.environ.get("VLLM_BATCH_INVARIANT", "0")))
+    if current_platform.is_cpu() and asked != bool(envs.VLLM_BATCH_INVARIANT):
+        raise ValueError(
+            "VLLM_BATCH_INVARIANT cannot be changed while an engine lives in this process: vLLM keeps the value that "
+            "it found, end the engine or start the next one in a process of its own."
+        )
     if not is_fixed():
         return
     parallel, model_config = vllm_config.parallel_config, vllm_config.model_config
@@ -48,6 +58,10 @@ def check_batch_invariance(vllm_config: "VllmConfig") -> None:
         f"--tensor-parallel-size {parallel.tensor_parallel_size}": (
             parallel.tensor_parallel_size > 2,
             "the sum of more than two ranks depends on its order, use 2 at most",
+        ),
+        f"--runner {model_config.runner_type}": (
+            model_config.runner_type != "generate",
+            "layers that vLLM adds to a model for it have the shapes of a step, leave it out",
         ),
         "data-parallel ranks that share experts": (
             parallel.data_parallel_size > 1 and model_config.is_moe,

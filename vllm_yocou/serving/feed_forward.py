@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.activation import SiluAndMulWithClamp
+from vllm.model_executor.layers.activation import SiluAndMul, SiluAndMulWithClamp
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.llama import LlamaMLP
@@ -17,28 +17,41 @@ from vllm.model_executor.models.qwen2_moe import Qwen2MoeMLP
 from vllm.platforms import current_platform
 
 from vllm_yocou.config import YocoUConfig
-from vllm_yocou.serving.batch_invariance import experts_accepted
+from vllm_yocou.serving.batch_invariance import experts_accepted, is_fixed
 from vllm_yocou.serving.expert_kernels import check_clamp, choose_loop
+from vllm_yocou.serving.fixed_sigmoid import FixedSiluAndMul, sigmoid
 from vllm_yocou.serving.norm import norm
 from vllm_yocou.workarounds import exchange_rows_on_cpu
 
 
+def activation(limit: float | None) -> nn.Module:
+    """SwiGLU's, clamped where there is a limit."""
+    if is_fixed():
+        return FixedSiluAndMul(limit)
+    return SiluAndMul() if limit is None else SiluAndMulWithClamp(limit)
+
+
 class SwiGLU(LlamaMLP):
-    """vLLM's feed-forward of a dense layer, clamped where there is a limit."""
+    """vLLM's feed-forward of a dense layer."""
 
     def __init__(self, *args: Any, swiglu_limit: float | None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if swiglu_limit is not None:
-            self.act_fn = SiluAndMulWithClamp(swiglu_limit)  # type: ignore[assignment]  # of vLLM's one kind
+        self.act_fn = activation(swiglu_limit)  # type: ignore[assignment]  # of vLLM's one kind
 
 
 class SharedExpert(Qwen2MoeMLP):
-    """vLLM's shared expert, clamped where there is a limit."""
+    """vLLM's shared expert."""
 
     def __init__(self, *args: Any, swiglu_limit: float | None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if swiglu_limit is not None:
-            self.act_fn = SiluAndMulWithClamp(swiglu_limit)  # type: ignore[assignment]  # of vLLM's one kind
+        self.act_fn = activation(swiglu_limit)  # type: ignore[assignment]  # of vLLM's one kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.expert_gate is None or not is_fixed():
+            return super().forward(x)
+        gate_up_NX, _ = self.gate_up_proj(x)
+        out_ND, _ = self.down_proj(self.act_fn(gate_up_NX))
+        return sigmoid(self.expert_gate(x)[0]) * out_ND
 
 
 class Transform(nn.Module):

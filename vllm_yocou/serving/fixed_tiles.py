@@ -2,53 +2,92 @@
 
 A library adds up a product in an order that it chooses by the number of rows. Here rows are multiplied in tiles of a
 few sizes that are known to give the same bits, whatever else is in a tile and wherever in it a row stands. Which sizes
-do is found out for each shape when weights are loaded, on random rows.
+do is found out for each shape when weights are loaded, on random numbers.
 
 Shapes: N rows, X inputs, Y outputs.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
 
 TILE = 16  # rows of the tile whose bits count
 SIZES = (256, 128, 64, 32, 8, 4, 2, 1)  # of tiles that are used as well where they give the same bits
-
-# By outputs, inputs, dtype and whether there is a bias. Libraries look at nothing else: each is tried once a process.
-KNOWN: dict[tuple[int, int, torch.dtype, bool], tuple[int, ...]] = {}
+# Another order of a sum changes one number in some ten thousand that are rounded to bfloat16, so that many are needed
+# to see it, and the products of few outputs are left in tiles of TILE.
+NUMBERS, FEWEST_OUTPUTS = 1 << 18, 64
 
 # From rows (n, X) to (n, Y), in whatever order the library likes.
 Multiply = Callable[[torch.Tensor], torch.Tensor]
 
 
-def tile_sizes(multiply: Multiply, inputs: int, dtype: torch.dtype, what: str) -> tuple[int, ...]:
+def tile_sizes(multiply: Multiply, outputs: int, inputs: int, dtype: torch.dtype) -> tuple[int, ...]:
     """The sizes of tiles, largest first, that give every row the bits that it has in a tile of TILE rows.
 
     Raises:
         ValueError: these bits depend on the other rows of the tile, or on the row's place in it.
     """
+    rows = SIZES[0] * math.ceil(NUMBERS / max(outputs, FEWEST_OUTPUTS) / SIZES[0])
     random = torch.Generator().manual_seed(0)
-    x_NX = torch.randn(SIZES[0], inputs, generator=random).to(dtype)
-    expected_NY = torch.cat([multiply(tile) for tile in x_NX.split(TILE)])
+    x_NX = torch.randn(rows, inputs, generator=random).to(dtype)
+
+    def product(size: int, x_NX: torch.Tensor = x_NX) -> torch.Tensor:
+        return torch.cat([multiply(tile) for tile in x_NX.split(size)])
+
+    expected_NY = product(TILE)
     for shift in range(1, TILE):
-        shifted_NY = torch.cat([multiply(tile) for tile in x_NX.roll(shift, 0).split(TILE)])
-        if not torch.equal(shifted_NY, expected_NY.roll(shift, 0)):
+        if not torch.equal(product(TILE, x_NX.roll(shift, 0)), expected_NY.roll(shift, 0)):
             raise ValueError(
-                f"VLLM_BATCH_INVARIANT=1 cannot be used on this processor: the product of {what} gives a row other "
-                "bits in another place of a tile, leave the variable out."
+                f"VLLM_BATCH_INVARIANT=1 cannot be used on this processor: products of {inputs} by {outputs} give a "
+                "row other bits in another place of a tile, leave the variable out."
             )
-    agreeing = {
-        size for size in SIZES if torch.equal(torch.cat([multiply(tile) for tile in x_NX.split(size)]), expected_NY)
-    }
+    tried = SIZES if outputs >= FEWEST_OUTPUTS else ()
+    agreeing = {size for size in tried if torch.equal(product(size), expected_NY)}
     return tuple(sorted({*agreeing, TILE}, reverse=True))
+
+
+def packed(weight_YX: torch.Tensor, bias_Y: torch.Tensor | None) -> Multiply:
+    """As vLLM multiplies by the weight of a layer."""
+    layer = nn.Module()
+    layer.weight = nn.Parameter(weight_YX, requires_grad=False)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    return lambda x_NX: layer.cpu_linear(x_NX, layer.weight, bias_Y)  # type: ignore[operator]  # vLLM's function
+
+
+def unpacked(weight_YX: torch.Tensor, bias_Y: torch.Tensor | None) -> Multiply:
+    return partial(F.linear, weight=weight_YX, bias=bias_Y)
+
+
+@cache
+def _known_sizes(
+    make: Callable[..., Multiply], outputs: int, inputs: int, dtype: torch.dtype, has_bias: bool, threads: int
+) -> tuple[int, ...]:
+    random = torch.Generator().manual_seed(1)
+    weight_YX = torch.randn(outputs, inputs, generator=random).to(dtype)
+    bias_Y = torch.randn(outputs, generator=random).to(dtype) if has_bias else None
+    return tile_sizes(make(weight_YX, bias_Y), outputs, inputs, dtype)
+
+
+def known_sizes(
+    make: Callable[..., Multiply], outputs: int, inputs: int, dtype: torch.dtype, has_bias: bool
+) -> tuple[int, ...]:
+    """Of the products that `make` makes; found out once a process, with random weights: a library sees shapes alone.
+
+    Raises:
+        ValueError: as `tile_sizes`.
+    """
+    return _known_sizes(make, outputs, inputs, dtype, has_bias, torch.get_num_threads())
 
 
 def multiply_in_tiles(multiply: Multiply, x_NX: torch.Tensor, sizes: Sequence[int], out_NY: torch.Tensor) -> None:
@@ -82,13 +121,9 @@ class FixedTiles:
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         weight: Any = layer.weight
         (self.outputs, inputs), self.dtype = weight.shape, weight.dtype
+        has_bias = getattr(layer, "bias", None) is not None
+        self.sizes = known_sizes(packed, self.outputs, inputs, self.dtype, has_bias)
         super().process_weights_after_loading(layer)  # type: ignore[misc]  # of the method that this is mixed into
-        bias = getattr(layer, "bias", None)
-        shape = (self.outputs, inputs, self.dtype, bias is not None)
-        if shape not in KNOWN:
-            multiply = partial(super().apply, layer, bias=bias)  # type: ignore[misc]
-            KNOWN[shape] = tile_sizes(multiply, inputs, self.dtype, self.name)
-        self.sizes = KNOWN[shape]
 
     def multiply(self, layer: nn.Module, x_NX: torch.Tensor, bias_Y: torch.Tensor | None, out_NY: torch.Tensor) -> None:
         vllms = super().apply  # type: ignore[misc]  # of the method that this is mixed into

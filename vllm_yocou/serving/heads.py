@@ -13,6 +13,8 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 from vllm_yocou.config import YocoUConfig
+from vllm_yocou.serving.batch_invariance import is_fixed
+from vllm_yocou.serving.fixed_sigmoid import sigmoid
 from vllm_yocou.serving.norm import weight_dtype
 
 
@@ -60,6 +62,7 @@ class GatedHeads(nn.Module):
             prefix=f"{prefix}.o_proj",
         )
         self.head_dim = head_dim
+        self.sigmoid = sigmoid if is_fixed() else torch.sigmoid
         self.both_gated = config.differential_attention == "v3"
         self.lambda_proj = self.gate_proj = None
         # Gates are never quantized. The heads of a pair lie next to each other, and every rank has whole pairs.
@@ -81,7 +84,7 @@ class GatedHeads(nn.Module):
     def output(self, out_NX: torch.Tensor, gates_NG: torch.Tensor | None) -> torch.Tensor:
         """The outputs of the query heads (N, Q · d) and their gates -> (N, D)."""
         if gates_NG is not None:
-            out_NX = self.gated(out_NX, gates_NG.float().sigmoid().unsqueeze(-1))
+            out_NX = self.gated(out_NX, self.sigmoid(gates_NG.float()).unsqueeze(-1))
         out_ND, _ = self.o_proj(out_NX)
         return out_ND
 

@@ -1,4 +1,4 @@
-"""vLLM's worker of a CPU, for an engine that is batch invariant."""
+"""vLLM's worker of a CPU for a batch-invariant engine: a hook is needed where its own worker replaces operators."""
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 

@@ -6,9 +6,7 @@ Shapes: N rows, R rows of one expert, X width that experts read and write, E exp
 experts that a row uses.
 """
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -17,7 +15,8 @@ from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedE
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_yocou.serving.batch_invariance import experts_accepted, is_fixed
-from vllm_yocou.serving.fixed_tiles import multiply_in_tiles, tile_sizes
+from vllm_yocou.serving.fixed_sigmoid import silu
+from vllm_yocou.serving.fixed_tiles import known_sizes, multiply_in_tiles, unpacked
 
 
 def loop_over_experts(runner: MoERunner) -> None:
@@ -35,34 +34,35 @@ def looped_experts(
     chosen_Nk: torch.Tensor,
     own: torch.Tensor | None,
     limit: float | None,
-    sizes: list[int],
+    fixed: bool,
 ) -> None:
     """Write the weighted sum of each row's experts on this rank into `out_NX`.
 
     The rows of `gate_up_EFX` are F gates, then F ups. `own` gives the place of each expert of all ranks among the E,
-    -1 for one of another rank's; None where all are this rank's. Products are of tiles of these `sizes`, or whole where
-    there are none.
+    -1 for one of another rank's; None where all are this rank's. With `fixed`, no bit of a row
+    depends on the other rows.
 
     An operator, since compiled code cannot loop over the experts that rows have chosen.
     """
+    product = tiled_product if fixed else F.linear
     sum_NX = torch.zeros_like(x_NX, dtype=torch.float32)
     places_Nk = chosen_Nk if own is None else own[chosen_Nk]
     for expert in map(int, places_Nk.unique()):
         if expert < 0:
             continue
         rows, slots = (places_Nk == expert).nonzero(as_tuple=True)
-        gate_RF, up_RF = product(x_NX[rows], gate_up_EFX[expert], sizes).chunk(2, dim=-1)
+        gate_RF, up_RF = product(x_NX[rows], gate_up_EFX[expert]).chunk(2, dim=-1)
         if limit is not None:
             gate_RF, up_RF = gate_RF.clamp(max=limit), up_RF.clamp(-limit, limit)
-        h_RF = F.silu(gate_RF) * up_RF
-        sum_NX.index_add_(0, rows, product(h_RF, down_EXF[expert], sizes) * weights_Nk[rows, slots, None].float())
+        h_RF = (silu if fixed else F.silu)(gate_RF) * up_RF
+        sum_NX.index_add_(0, rows, product(h_RF, down_EXF[expert]) * weights_Nk[rows, slots, None].float())
     out_NX.copy_(sum_NX)
 
 
-def product(x_RX: torch.Tensor, weight_YX: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    if not sizes:
-        return F.linear(x_RX, weight_YX)
+def tiled_product(x_RX: torch.Tensor, weight_YX: torch.Tensor) -> torch.Tensor:
     out_RY = x_RX.new_empty(len(x_RX), len(weight_YX))
+    outputs, inputs = weight_YX.shape
+    sizes = known_sizes(unpacked, outputs, inputs, weight_YX.dtype, has_bias=False)
     multiply_in_tiles(lambda tile_nX: F.linear(tile_nX, weight_YX), x_RX, sizes, out_RY)
     return out_RY
 
@@ -76,7 +76,7 @@ def looped_experts_fake(
     chosen_Nk: torch.Tensor,
     own: torch.Tensor | None,
     limit: float | None,
-    sizes: list[int],
+    fixed: bool,
 ) -> None:
     return None
 
@@ -92,17 +92,8 @@ direct_register_custom_op(
 class LoopedExperts(CPUUnquantizedExperts):
     """vLLM's experts on a CPU, whose weights stay as they were loaded and are multiplied expert by expert."""
 
-    sizes: tuple[int, ...] = ()  # of the tiles of its products, if these have fixed shapes
-
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Pack nothing."""
-        if is_fixed():
-            w13_EFX, w2_EXF = cast(torch.Tensor, layer.w13_weight), cast(torch.Tensor, layer.w2_weight)
-            agreeing = [
-                set(tile_sizes(partial(F.linear, weight=weight), weight.shape[1], weight.dtype, "experts"))
-                for weight in (w13_EFX[0], w2_EXF[0])
-            ]
-            self.sizes = tuple(sorted(set.intersection(*agreeing), reverse=True))
 
     def apply(
         self,
@@ -120,7 +111,7 @@ class LoopedExperts(CPUUnquantizedExperts):
     ) -> None:
         limit = self.moe_config.swiglu_limit
         torch.ops.vllm.yocou_looped_experts(
-            output, hidden_states, w1, w2, topk_weights, topk_ids, expert_map, limit, self.sizes
+            output, hidden_states, w1, w2, topk_weights, topk_ids, expert_map, limit, is_fixed()
         )
 
 

@@ -200,7 +200,8 @@ class YocoUModel(nn.Module):
         with (
             without_piecewise_graphs(),
             shares.in_force() if shares else nullcontext(),
-            self.adapters.in_force() if self.adapters else nullcontext(),
+            # Which prepares a map for selected rows only where some are left out.
+            self.adapters.in_force() if self.adapters and step is not None else nullcontext(),
         ):
             out_ND[rows_M] = self.norm(self.cross_decoder(positions_N[rows_M], x_ND[rows_M], written))
 
