@@ -22,8 +22,8 @@ it is "ipc" and IPCTrainerInitInfo.
 
 vLLM labels weights as it is told to and puts the labels into each output (`weight_versions`); this program refuses
 samples of any label but the newest. vLLM keeps the prefix cache over an update, so the cache is reset here: a hit would
-mix keys and values of old weights into new answers. No request is under way during an update. A server is asked to
-pause first, with `POST /pause?mode=wait` to let requests finish, or with `abort` or `keep`.
+mix keys and values of old weights into new answers. This program updates between steps, when no request is under way. A
+server is asked to pause first, with `POST /pause?mode=wait` to let requests finish, or with `abort` or `keep`.
 
 With a seed, a run can be repeated: the engine lives in this process, where requests reach it in a fixed order.
 """

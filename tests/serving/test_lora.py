@@ -1,12 +1,18 @@
 """LoRA adapters as peft saves them equal merged weights: several in one batch, next to none, with rows skipped."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import peft
 import pytest
 import torch
 from harness import tiny
 from harness.oracle import Oracle
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
 
 from vllm_yocou.reference import YocoUForCausalLM
+from vllm_yocou.serving.model import YocoUModel
 
 SELF_DECODER = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 GLOBAL_KV = ["global_kv.k_proj", "global_kv.v_proj"]
@@ -79,6 +85,23 @@ def test_several_adapters_in_a_batch_equal_merged_weights(engine_process, length
         oracle.check()
     skipped = sum(len(request["prompt"]) - 1 for request in requests if not request["sampling"])
     assert batch.metrics["yocou_skipped_rows"] == skipped
+
+
+@pytest.mark.parametrize("rows", [None, [0, 2]])
+def test_adapters_are_mapped_to_selected_rows_only_where_some_are_left_out(rows):
+    """A map of an earlier step would give rows the adapters of others."""
+    step = None if rows is None else SimpleNamespace(rows_M=torch.tensor(rows))
+    cache = SimpleNamespace(step_rows=lambda: step, wanted_rows=lambda: 3 if rows is None else len(rows))
+    entered = []
+    adapters = SimpleNamespace(in_force=lambda: nullcontext(entered.append(True)))
+    model = SimpleNamespace(
+        global_kv=SimpleNamespace(cache=cache), norm=lambda x: x, cross_decoder=lambda p, x, w: x + 1, adapters=adapters
+    )
+    out_ND = torch.zeros(4, 2)
+    with set_forward_context(None, VllmConfig()):
+        YocoUModel.cross_decode(model, torch.arange(4), torch.ones(4, 2), torch.empty(0), None, out_ND)
+    assert bool(entered) == (rows is not None)
+    assert out_ND.sum(1).nonzero().flatten().tolist() == (rows or [0, 1, 2])
 
 
 def test_every_adapter_changes_the_answers(merged):
