@@ -210,7 +210,59 @@ def trainer_kl_note(result: Result) -> str:
     )
 
 
+def company_rows(result: Result) -> Rows:
+    """A row for each company, a column for each engine; a cell has vLLM's difference and the invariant engine's."""
+    found = [one.of for one in result.measurements if one.name == "largest difference"]
+    engines = list(dict.fromkeys((of["model"], of["dtype"], of["how"]) for of in found))
+    modes = result.keys("mode")
+
+    def difference(of: dict[str, Any]) -> str:
+        nats = result.median("largest difference", **of)
+        return "0" if nats == 0 else cell(nats, ".1e")
+
+    rows = []
+    for what, company in dict.fromkeys((of["of"], of["company"]) for of in found):
+        cells = []
+        for model, dtype, how in engines:
+            of = dict(model=model, dtype=dtype, how=how, of=what, company=company)
+            cells.append(" / ".join(difference(of | dict(mode=mode)) for mode in modes))
+        rows.append([what, company, *cells])
+    return ["of the", "company", *(", ".join(map(str, engine)) for engine in engines)], rows
+
+
+def company_price(result: Result, dtype: Any) -> str:
+    """How many times as long a prompt and decode steps of the invariant engine take."""
+    modes = result.keys("mode")
+
+    def times(name: str, **of: Any) -> str:
+        before, after = (result.median(name, dtype=dtype, mode=mode, **of) for mode in modes)
+        return cell(result.derived(f"{name}, last / first mode", over(after, before), dtype=dtype, **of), ".2f", "x")
+
+    prices = [f"{times('first token')} for a prompt"]
+    prices += [f"{times('decode step', batch=batch)} for a step of {batch}" for batch in result.keys("batch")]
+    return f"{dtype}: {', '.join(prices)}"
+
+
+def company_note(result: Result) -> str:
+    settings = result.settings
+    prices = "; ".join(company_price(result, dtype) for dtype in result.keys("dtype", "first token"))
+    return (
+        f"largest difference of a log probability, in nats, from a prompt of {settings['prompt']:,} tokens and its "
+        f"answer of {settings['answer']} computed alone; {settings['others']} others of at most "
+        f"{settings['longest_other']} tokens, random weights. In a cell: {' / '.join(result.keys('mode'))}. "
+        f"Time of the second over the first, 57M, decode at {settings['context']} tokens: {prices}."
+    )
+
+
 TABLES = (
+    Table(
+        name="company",
+        about="How far a request's log probabilities move with what else the engine computes",
+        needs="nothing",
+        takes="20 minutes",
+        rows=company_rows,
+        note=company_note,
+    ),
     Table(
         name="trainer_kl",
         about="How far the reference model is from the server that samples its answers, in the same dtype",

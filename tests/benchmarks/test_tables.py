@@ -16,6 +16,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from benchmarks import render, results
 from benchmarks.results import Result
 from benchmarks.tables.catalogue import TABLES
+from benchmarks.tables.table import cell
 
 
 @pytest.fixture(autouse=True)
@@ -331,6 +332,32 @@ def test_rows_of_trainer_and_server():
     result.add("KL", "nats", 2e-4, model="dense", dtype="bfloat16", routing="own")
     result.add("largest |r - 1|", "", 0.1, model="dense", dtype="bfloat16", routing="own")
     assert shown(result) == [["dense", "bfloat16", "2.0e-04", "0.1", "", "", ""]]
+
+
+def test_rows_of_company():
+    result = Result("company", "", dict(prompt=9, answer=2, others=3, longest_other=5, context=7))
+    for mode, seconds in (("vLLM's", 2.0), ("invariant", 3.0)):
+        result.add("first token", "s", seconds, mode=mode, dtype="float32")
+        result.add("decode step", "s", 2 * seconds + 2, mode=mode, dtype="float32", batch=8)
+    of = dict(dtype="float32", how="T = 3, eager")
+    for model, mode, what, difference in (
+        ("57M", "vLLM's", "prompt", 1.7e-5),
+        ("57M", "invariant", "prompt", 0.0),
+        ("57M", "vLLM's", "answer", 0.0),
+        ("57M", "invariant", "answer", 0.0),
+        ("mixture", "vLLM's", "prompt", 2e-3),
+    ):
+        result.add("largest difference", "nats", difference, model=model, mode=mode, of=what, company="alone", **of)
+    header, rows = TABLES["company"].rows(result)
+    assert header[2:] == ["57M, float32, T = 3, eager", "mixture, float32, T = 3, eager"]
+    nothing = cell(None, ".1e")
+    assert rows == [
+        ["prompt", "alone", "1.7e-05 / 0", f"2.0e-03 / {nothing}"],
+        ["answer", "alone", "0 / 0", f"{nothing} / {nothing}"],
+    ]
+    note = TABLES["company"].note(result)
+    assert "In a cell: vLLM's / invariant." in note
+    assert note.endswith(": float32: 1.50x for a prompt, 1.33x for a step of 8.")
 
 
 def test_noise_of_a_server_is_a_divergence(nightly):

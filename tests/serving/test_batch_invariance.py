@@ -10,7 +10,7 @@ from benchmarks.company import ALONE, HIT, PREEMPTED, Prober
 WIDE = dict(hidden_size=512, intermediate_size=1536, head_dim=128, num_attention_heads=8, sliding_window=100)
 COMPANY = dict(tokens=333, others=7, longest=60, chunks=(37, 100))
 SETTINGS = dict(max_num_batched_tokens=512, enable_prefix_caching=True)
-MIXED = dict(hidden_size=512, moe_intermediate_size=1536)
+MIXED = dict(hidden_size=512, moe_intermediate_size=1536, head_dim=128, num_attention_heads=4)
 MODELS = {
     "dense": (tiny.config, WIDE | dict(num_iterations=3)),
     "gates": (tiny.config, WIDE | dict(num_iterations=1, headwise_glu=True, intermediate_size=1376)),

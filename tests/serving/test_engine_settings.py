@@ -15,6 +15,7 @@ from vllm_yocou.serving.capacity import CHUNK_ON_CPU, CHUNK_ON_GPU
 from vllm_yocou.serving.engine_settings import NAMELESS, check_speculation, choose_clamping_experts, longest_chunk
 
 REFUSED = [
+    (dict(enable_return_routed_experts=True), "--enable-return-routed-experts cannot be used with YOCO-U"),
     (dict(pipeline_parallel_size=2), "Pipeline parallelism is not supported for this model"),
     (dict(tensor_parallel_size=4, decode_context_parallel_size=2), "context parallelism cannot be used with YOCO-U"),
     (dict(compilation_config={"mode": 1}), "compilation mode 1 cannot be used with YOCO-U: it would unroll the loop"),
@@ -87,6 +88,13 @@ def test_kernels_are_refused_where_vllm_wraps_its_attention(checkpoint, monkeypa
     monkeypatch.setattr("vllm.compilation.breakable_cudagraph.is_breakable_cudagraph_enabled", lambda: not settings)
     with pytest.raises(ValueError, match=f'option "kernels" cannot be used {sentence}'):
         configured(checkpoint, additional_config={"yocou": {"kernels": True}}, **settings)
+
+
+def test_kernels_are_refused_with_batch_invariance(checkpoint, monkeypatch):
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", True)
+    monkeypatch.setattr("vllm.envs.VLLM_BATCH_INVARIANT", True, raising=False)
+    with pytest.raises(ValueError, match='option "kernels" cannot be used with VLLM_BATCH_INVARIANT=1: other requests'):
+        configured(checkpoint, additional_config={"yocou": {"kernels": True}})
 
 
 def test_compiled_code_is_not_shared_with_and_without_kernels(checkpoint, monkeypatch):

@@ -72,7 +72,8 @@ ATTENTION = (
         "rows/test_skipping.py",
         has=(
             "_num_computed_tokens_cache _token_to_req_indices_cache is_prefilling max_query_len num_actual_tokens "
-            "num_reqs positions query_start_loc query_start_loc_cpu replace req_idx seq_lens_cpu_upper_bound"
+            "block_table_tensor num_reqs positions query_start_loc query_start_loc_cpu replace req_idx seq_lens "
+            "seq_lens_cpu_upper_bound"
         ),
     ),
     Seam(
@@ -128,7 +129,7 @@ ATTENTION = (
     ),
     Seam(
         "vllm.compilation.breakable_cudagraph:eager_break_during_capture",
-        "what a KV connector does is not captured",
+        "what a KV connector does is not captured, and neither is the cross-decoder of a step that skips rows",
         "serving/test_kv_connectors.py",
     ),
     Seam(
@@ -136,6 +137,11 @@ ATTENTION = (
         "a step's metadata and layers are in it",
         "serving/test_model.py",
         has="attn_metadata batch_descriptor cudagraph_runtime_mode dp_metadata no_compile_layers",
+    ),
+    Seam(
+        "vllm.forward_context:in_piecewise_cudagraph",
+        "breakable graphs break before the cross-decoder while they are captured",
+        "rows/test_breakable_graphs.py",
     ),
     Seam("vllm.forward_context:get_forward_context", "a step's metadata and layers are in it", "serving/test_model.py"),
 )

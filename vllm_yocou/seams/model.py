@@ -29,6 +29,25 @@ LAYERS = (
         takes="bias prefix quant_config",
     ),
     Seam(
+        "vllm.model_executor.layers.linear:LinearBase",
+        "with batch invariance on a CPU, every linear layer multiplies in tiles",
+        "serving/test_fixed_tiles.py",
+        mentions="quant_method",
+    ),
+    Seam(
+        "vllm.model_executor.layers.linear:UnquantizedLinearMethod",
+        "with batch invariance on a CPU, every linear layer multiplies in tiles",
+        "serving/test_fixed_tiles.py",
+        has="apply process_weights_after_loading",
+    ),
+    Seam(
+        "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+        "with batch invariance on a CPU, random weights are multiplied as a layer's are",
+        "serving/test_fixed_tiles.py",
+        takes="remove_weight",
+        mentions="cpu_linear",
+    ),
+    Seam(
         "vllm.model_executor.layers.layernorm:RMSNorm",
         "rows and heads are normed by this layer",
         "serving/test_model.py",
@@ -49,6 +68,11 @@ LAYERS = (
         "serving/test_feed_forward.py",
         takes="expert_gate prefix quant_config reduce_results",
         mentions="act_fn expert_gate",
+    ),
+    Seam(
+        "vllm.model_executor.layers.activation:SiluAndMul",
+        "this layer computes a SwiGLU that is not clamped",
+        "serving/test_model.py",
     ),
     Seam(
         "vllm.model_executor.layers.activation:SiluAndMulWithClamp",
@@ -96,7 +120,7 @@ LAYERS = (
         "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts",
         "on a CPU a loop of the plugin's own computes experts",
         "serving/test_looped_experts.py",
-        has="output_alignment process_weights_after_loading",
+        has="_supports_batch_invariance output_alignment process_weights_after_loading",
         mentions="moe_config",
         only="cpu",
     ),
@@ -117,7 +141,7 @@ LAYERS = (
         "vllm.model_executor.layers.rotary_embedding:get_rope",
         "queries and keys are rotated by vLLM's layers",
         "serving/test_rope.py",
-        takes="is_neox_style rope_parameters",
+        takes="dtype is_neox_style rope_parameters",
     ),
     Seam(
         "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding",
@@ -139,6 +163,12 @@ LAYERS = (
         "serving/test_model.py",
         has="tie_weights",
         takes="prefix quant_config",
+    ),
+    Seam(
+        "vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod",
+        "with batch invariance on a CPU, the head multiplies in tiles",
+        "serving/test_fixed_tiles.py",
+        has="apply process_weights_after_loading",
     ),
     Seam(
         "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding",

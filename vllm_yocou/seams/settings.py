@@ -42,10 +42,10 @@ SETTINGS = (
         "settings are checked, and engines built from them",
         "serving/test_engine_settings.py",
         has=(
-            "additional_config attention_config cache_config compilation_config instance_id kv_transfer_config "
-            "kernel_config load_config lora_config max_concurrent_batches max_in_flight_tokens model_config "
-            "num_speculative_tokens parallel_config performance_mode quant_config scheduler_config speculative_config "
-            "use_v2_model_runner"
+            "additional_config attention_config aux_output_config cache_config compilation_config instance_id "
+            "kv_transfer_config kernel_config load_config lora_config max_concurrent_batches max_in_flight_tokens "
+            "model_config num_speculative_tokens parallel_config performance_mode quant_config scheduler_config "
+            "speculative_config use_v2_model_runner"
         ),
         mentions="MODELS_CONFIG_MAP verify_and_update_config",
     ),
@@ -87,7 +87,7 @@ SETTINGS = (
         has=(
             "data_parallel_index data_parallel_size data_parallel_size_local decode_context_parallel_size "
             "enable_expert_parallel pipeline_parallel_size prefill_context_parallel_size "
-            "tensor_parallel_size use_ubatching world_size"
+            "tensor_parallel_size use_ubatching worker_cls world_size"
         ),
     ),
     Seam(
@@ -140,8 +140,28 @@ SETTINGS = (
     ),
     Seam(
         "vllm.compilation.breakable_cudagraph:is_breakable_cudagraph_enabled",
-        "rows do not skip inside breakable graphs",
-        "rows/test_selection.py",
+        "where graphs break, the cross-decoder runs between two of them, on the rows of a step",
+        "rows/test_breakable_graphs.py",
+    ),
+    Seam(
+        "vllm:envs",
+        "batch invariance is asked for by a variable, and on a CPU attention must not split contexts",
+        "serving/test_batch_invariance.py",
+        has="VLLM_BATCH_INVARIANT VLLM_CPU_ATTN_SPLIT_KV",
+    ),
+    Seam(
+        "vllm.v1.worker.cpu_worker:CPUWorker",
+        "an engine on a CPU that is batch invariant has a worker of its own",
+        "serving/test_batch_invariance.py",
+        has="init_device",
+        only="cpu",
+    ),
+    Seam(
+        "vllm.model_executor.determinism:batch_invariant",
+        "on a CPU, vLLM must not put kernels for GPUs in place of torch's operators",
+        "serving/test_batch_invariance.py",
+        has="init_batch_invariance",
+        only="cpu",
     ),
     Seam("vllm.triton_utils:HAS_TRITON", "our kernels need Triton", "serving/test_engine_settings.py"),
     Seam(
