@@ -31,12 +31,14 @@ def found(engine, folder, kind: str, **settings) -> dict[tuple[str, str], float]
     return {(what, company): difference for what, company, difference in prober.differences()}
 
 
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 COMPILED = {"compilation_config": {"mode": 3}}
 QUICKER = [("dense", dict(dtype="float32")), ("mixture", dict(dtype="bfloat16"))]
 SLOWER = [
     ("gates", dict(dtype="float32")),
     ("dense", dict(dtype="bfloat16")),
     ("mixture, T = 3", dict(dtype="float32")),
+    ("dense", dict(dtype="bfloat16", speculative_config=DRAFTS)),
     ("gates", dict(dtype="float32") | COMPILED),
     ("dense", dict(dtype="bfloat16") | COMPILED),
     ("mixture", dict(dtype="float32") | COMPILED),
@@ -88,9 +90,10 @@ def test_what_is_not_known_to_keep_every_bit_is_refused(settings, thing, invaria
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine_process", ["v2-invariant", "two-ranks-invariant"], indirect=True)
-def test_no_bit_depends_on_company_on_other_runners(engine_process, tmp_path):
+@pytest.mark.parametrize("kind", ["dense", "mixture"])
+def test_no_bit_depends_on_company_on_other_runners(kind, engine_process, tmp_path):
     """A prompt alone, and again among others and in other chunks: vLLM's V2 runner, and two tensor parallel ranks."""
-    make, sizes = MODELS["dense"]
+    make, sizes = MODELS[kind]
     tiny.model(make(**sizes)).save_pretrained(tmp_path)
     probe = {"prompt": tiny.prompt(133), "sampling": {"logprobs": 0, "prompt_logprobs": 0}}
     others = [{"prompt": tiny.prompt(length)} for length in (5, 40, 77)]
