@@ -19,6 +19,7 @@ from vllm.distributed.device_communicators.base_device_communicator import Devic
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.model_executor.determinism import batch_invariant
 from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
 from vllm.model_executor.layers.fused_moe import MoERunner, unquantized_fused_moe_method
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
@@ -126,7 +127,7 @@ def test_widen_decode_scratch(tmp_path, monkeypatch):
         return builder.softmax_segm_output.shape[-1]
 
     assert (width(TritonAttentionBackend) < 64) == faulty("widen_decode_scratch")
-    assert width(row_selecting_backend(TritonAttentionBackend)) == 64
+    assert width(row_selecting_backend(TritonAttentionBackend, False, False)) == 64
 
 
 def test_refuse_expert_parallel():
@@ -275,3 +276,13 @@ def test_scales_kept():
         handler, alive = made(scales), weakref.ref(scales)
         del scales
     assert alive() is not None
+
+
+def test_without_overrides_for_gpus():
+    """vLLM puts Triton kernels in the place of torch's operators on all devices but one, and a CPU is not that one."""
+    source = inspect.getsource(batch_invariant.enable_batch_invariant_mode)
+    assert ("if not current_platform.is_xpu():" in source) == faulty("without_overrides_for_gpus")
+    vllms = batch_invariant.init_batch_invariance
+    with workarounds.without_overrides_for_gpus():
+        assert batch_invariant.init_batch_invariance is not vllms
+    assert batch_invariant.init_batch_invariance is vllms

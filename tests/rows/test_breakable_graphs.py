@@ -6,7 +6,10 @@ from harness.oracle import Oracle
 
 
 @pytest.mark.parametrize("engine_process", ["v1-breakable"], indirect=True)
-@pytest.mark.parametrize("skip_rows", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "skip_rows",
+    [pytest.param(True, marks=pytest.mark.runner("v1-breakable")), pytest.param(False, marks=pytest.mark.slow)],
+)
 def test_what_graphs_replay_takes_the_rows_of_its_step(skip_rows, engine_process, tmp_path):
     model = tiny.model(tiny.config(num_iterations=2, qk_norm="all"))
     model.save_pretrained(tmp_path)

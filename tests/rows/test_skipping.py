@@ -129,9 +129,9 @@ def test_ngram_speculation_is_exact(engine_process, skips, tmp_path):
 @pytest.mark.parametrize(
     "engine_process, skips, speculation",
     [
-        pytest.param("v1", False, CUSTOM_CLASS, marks=pytest.mark.runner("v1")),
-        pytest.param("v1", False, SUFFIX, marks=[pytest.mark.runner("v1"), NEEDS_ARCTIC_INFERENCE, pytest.mark.slow]),
-        pytest.param("v2", True, NGRAM_GPU, marks=[pytest.mark.runner("v2"), pytest.mark.slow]),
+        ("v1", False, CUSTOM_CLASS),
+        pytest.param("v1", False, SUFFIX, marks=[NEEDS_ARCTIC_INFERENCE, pytest.mark.slow]),
+        pytest.param("v2", True, NGRAM_GPU, marks=pytest.mark.slow),
     ],
     indirect=["engine_process"],
     ids=["custom_class", "suffix", "ngram_gpu"],

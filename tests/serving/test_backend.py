@@ -33,20 +33,23 @@ def base(request):
 
 
 def test_registered_under_a_name_of_its_own(base):
-    packed, selecting = packed_backend(base), row_selecting_backend(base)
+    packed, selecting = packed_backend(base, False), row_selecting_backend(base, False, False)
     member = AttentionBackendEnum[f"YOCOU_{base.get_name()}"]
     assert packed.get_name() == selecting.get_name() == member.name
     assert member.get_class() is packed and issubclass(selecting, packed) and issubclass(packed, base)
 
 
 def test_blocks_are_outermost_and_as_small_as_the_kernels_take(base):
-    for backend in (packed_backend(base), row_selecting_backend(base)):
+    for backend in (packed_backend(base, False), row_selecting_backend(base, False, False)):
         assert all(layout.is_block_outermost for layout in backend.supported_kv_cache_layouts())
         assert smallest_block(backend, HEADS_OF_64) == BLOCKS[base.get_name()]
 
 
 def test_only_the_global_cache_has_another_builder_and_its_graphs_hold_decodes(base):
-    packed, selecting = packed_backend(base).get_builder_cls(), row_selecting_backend(base).get_builder_cls()
+    packed, selecting = (
+        packed_backend(base, False).get_builder_cls(),
+        row_selecting_backend(base, False, False).get_builder_cls(),
+    )
     assert packed is base.get_builder_cls() and issubclass(selecting, packed)
     supported = selecting.get_cudagraph_support(None, None)
     mixed_too = packed.get_cudagraph_support(None, None) is AttentionCGSupport.ALWAYS
@@ -169,7 +172,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 base = AttentionBackendEnum.CPU_ATTN.get_class()
 before = dict(vars(base)), base.supported_kv_cache_layouts(), base.get_builder_cls()
 import vllm_yocou.serving.backend
-vllm_yocou.serving.backend.row_selecting_backend(base)
+vllm_yocou.serving.backend.row_selecting_backend(base, False, False)
 assert before == (dict(vars(base)), base.supported_kv_cache_layouts(), base.get_builder_cls())
 assert AttentionBackendEnum.CPU_ATTN.get_class() is base and base.get_name() == "CPU_ATTN"
 """

@@ -2,6 +2,7 @@
 
 import pytest
 from harness import tiny
+from vllm import envs
 from vllm.engine.arg_utils import EngineArgs
 
 from benchmarks.company import ALONE, HIT, PREEMPTED, Prober
@@ -89,8 +90,16 @@ def test_what_is_not_known_to_keep_every_bit_is_refused(settings, thing, invaria
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine_process", ["v2-invariant", "two-ranks-invariant"], indirect=True)
-@pytest.mark.parametrize("kind", ["dense", "mixture"])
+@pytest.mark.parametrize(
+    "engine_process, kind",
+    [
+        pytest.param("v2-invariant", "dense", marks=pytest.mark.runner("v2-invariant")),
+        pytest.param("two-ranks-invariant", "dense", marks=pytest.mark.runner("two-ranks-invariant")),
+        ("v2-invariant", "mixture"),
+        ("two-ranks-invariant", "mixture"),
+    ],
+    indirect=["engine_process"],
+)
 def test_no_bit_depends_on_company_on_other_runners(kind, engine_process, tmp_path):
     """A prompt alone, and again among others and in other chunks: vLLM's V2 runner, and two tensor parallel ranks."""
     make, sizes = MODELS[kind]
@@ -106,6 +115,6 @@ def test_no_bit_depends_on_company_on_other_runners(kind, engine_process, tmp_pa
 def test_the_variable_cannot_be_changed_beside_an_engine(invariant, monkeypatch, tmp_path):
     """vLLM keeps the value that it found when the first engine started, and would start this one without a word."""
     tiny.config(architectures=["YocoUForCausalLM"]).save_pretrained(tmp_path)
-    monkeypatch.setattr("vllm.envs.VLLM_BATCH_INVARIANT", False, raising=False)
+    monkeypatch.setitem(vars(envs), "VLLM_BATCH_INVARIANT", False)
     with pytest.raises(ValueError, match="VLLM_BATCH_INVARIANT cannot be changed while an engine lives"):
         EngineArgs(str(tmp_path), skip_tokenizer_init=True, load_format="dummy").create_engine_config()

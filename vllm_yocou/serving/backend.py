@@ -101,7 +101,7 @@ def in_vllms_order() -> list[AttentionBackendEnum]:
 
 
 @cache
-def packed_backend(base: type[AttentionBackend], fixed: bool = False) -> type[AttentionBackend]:
+def packed_backend(base: type[AttentionBackend], fixed: bool) -> type[AttentionBackend]:
     """`base` over block-outermost KV memory, for the window caches; with `fixed`, each row attends by itself."""
     name = f"YOCOU_{base.get_name()}{'_ROW_BY_ROW' if fixed else ''}"
     layouts = LAYOUTS[base.get_name()]
@@ -142,9 +142,7 @@ def packed_backend(base: type[AttentionBackend], fixed: bool = False) -> type[At
 
 
 @cache
-def row_selecting_backend(
-    base: type[AttentionBackend], kernels: bool = False, fixed: bool = False
-) -> type[AttentionBackend]:
+def row_selecting_backend(base: type[AttentionBackend], kernels: bool, fixed: bool) -> type[AttentionBackend]:
     """`base` over block-outermost KV memory, for the global cache: its metadata covers the selected rows.
 
     With `kernels`, its implementation leaves the steps that they are made for to the plugin's kernels. With `fixed`,
