@@ -51,7 +51,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         shared_expert_gate=False,
     ),
 }
-SPREAD = 0.08  # of random weights: so large that every layer moves the logits, and that these prefer some tokens
 
 
 class Answers(NamedTuple):
@@ -82,7 +81,8 @@ def random_weights(cfg: YocoUConfig, dtype: torch.dtype, folder: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=SPREAD)
+                # So large that every layer moves the logits, and that these prefer some tokens.
+                parameter.normal_(std=cfg.hidden_size**-0.5)
             else:
                 parameter.uniform_(0.5, 1.5)
     model.to(dtype).save_pretrained(folder)
