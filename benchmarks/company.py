@@ -4,22 +4,29 @@ from benchmarks.engine import config, core, decoding, prompt_s, start, step_s, s
 
 import os
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from vllm import LLM, SamplingParams, envs
 from vllm.inputs import TokensPrompt
 
 from benchmarks.console import progress, publish
 from benchmarks.results import Result
+from benchmarks.trainer_kl import TRAINED, random_weights
+from vllm_yocou.config import YocoUConfig
 
 PROMPT, OTHERS, LONGEST, ANSWER = 1_100, 47, 60, 16  # tokens, requests, tokens, tokens
 CHUNKS = (100, 333)
 DTYPES = ("float32", "bfloat16")
 BATCHES, CONTEXT, ROUNDS, STEPS = (1, 8), 600, 5, 16
+TRAINED_MODEL = "trained example"
 MODES = ("vLLM's", "VLLM_BATCH_INVARIANT=1")
 ALONE = "alone, once more"
 HIT, PREEMPTED = "after a prefix hit", "after a preemption"
@@ -56,7 +63,7 @@ def engines(dtypes: tuple[str, ...]) -> list[Engine]:
     """Every model in both types; the width that differs most also with T = 1, and compiled."""
     found = []
     for dtype in dtypes:
-        found += [Engine("yoco-u-kjv", dtype), Engine("57M", dtype), Engine("mixture", dtype, changed=MIXTURE)]
+        found += [Engine(TRAINED_MODEL, dtype), Engine("57M", dtype), Engine("mixture", dtype, changed=MIXTURE)]
         found += [
             Engine("57M", dtype, changed=dict(num_iterations=1)),
             Engine("57M", dtype, compiled=True),
@@ -65,10 +72,19 @@ def engines(dtypes: tuple[str, ...]) -> list[Engine]:
 
 
 def start_engine(engine: Engine, **settings: Any) -> LLM:
-    shape = "57M" if engine.model == "mixture" else engine.model
     common: dict[str, Any] = dict(max_model_len=2 * PROMPT, max_num_batched_tokens=2 * PROMPT, max_num_seqs=OTHERS + 1)
     common |= dict(enforce_eager=not engine.compiled, kv_cache_memory_bytes=1 << 30, enable_prefix_caching=True)
-    return start(config(shape, **engine.changed), dtype=engine.dtype, **common | settings)
+    common |= dict(load_format="auto")
+    if engine.model == TRAINED_MODEL:
+        cfg, folder = YocoUConfig.from_pretrained(TRAINED), Path(tempfile.mkdtemp(prefix="yocou-bench-"))
+        shutil.copy(TRAINED / "model.safetensors", folder)
+    else:
+        cfg, folder = config("57M", **engine.changed), Path(tempfile.mkdtemp(prefix="yocou-bench-"))
+        random_weights(cfg, torch.float32, folder)
+    try:
+        return start(cfg, str(folder), dtype=engine.dtype, **common | settings)
+    finally:
+        shutil.rmtree(folder)
 
 
 def probe(engine: Engine, mode: str, **settings: Any) -> list[tuple[str, str, float]]:
