@@ -76,7 +76,10 @@ def start_engine(engine: Engine, **settings: Any) -> LLM:
     common |= dict(enforce_eager=not engine.compiled, kv_cache_memory_bytes=1 << 30, enable_prefix_caching=True)
     common |= dict(load_format="auto")
     if engine.model == TRAINED_MODEL:
-        cfg, folder = YocoUConfig.from_pretrained(TRAINED), Path(tempfile.mkdtemp(prefix="yocou-bench-"))
+        cfg, folder = (
+            YocoUConfig.from_pretrained(TRAINED, max_position_embeddings=4 * PROMPT),
+            Path(tempfile.mkdtemp(prefix="yocou-bench-")),
+        )
         shutil.copy(TRAINED / "model.safetensors", folder)
     else:
         cfg, folder = config("57M", **engine.changed), Path(tempfile.mkdtemp(prefix="yocou-bench-"))
