@@ -2,6 +2,7 @@
 
 from benchmarks.engine import config, core, decoding, prompt_s, start, step_s, stop
 
+import math
 import os
 import random
 import shutil
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -43,6 +45,10 @@ MIXTURE: dict[str, Any] = dict(
     moe_intermediate_size=256,
     shared_expert_intermediate_size=256,
 )
+
+
+# Tokens with their log probabilities.
+Told = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -130,8 +136,8 @@ class Prober:
         lengths = [random.Random(n).randrange(20, longest) for n in range(others)]
         self.others = [prompt(length, vocabulary, n + 1) for n, length in enumerate(lengths)]
 
-    def run(self, params: SamplingParams, others: bool = False, chunk: int = 0, preempt_after: int = 0) -> list[float]:
-        """Log probabilities of the probe's prompt, or of its answer.
+    def run(self, params: SamplingParams, others: bool = False, chunk: int = 0, preempt_after: int = 0) -> Told:
+        """Tokens and log probabilities of the probe's prompt, or of its answer.
 
         Args:
             chunk: tokens of a step that the prompt takes at most; 0 for all of it.
@@ -161,19 +167,23 @@ class Prober:
         else:
             tokens, entries = found.outputs[0].token_ids, found.outputs[0].logprobs
         self.hit = found.num_cached_tokens
-        return [entry[token].logprob for token, entry in zip(tokens, entries, strict=True)]
+        return [(token, entry[token].logprob) for token, entry in zip(tokens, entries, strict=True)]
 
-    def afresh(self, *args: Any, **kwargs: Any) -> list[float]:
+    def afresh(self, *args: Any, **kwargs: Any) -> Told:
         assert self.llm.reset_prefix_cache()
         return self.run(*args, **kwargs)
 
     def differences(self) -> Iterator[tuple[str, str, float]]:
-        """(what of the probe, in which company, largest difference from the probe alone)."""
+        """(what of the probe, in which company, largest difference from the probe alone).
+
+        Of answers, up to a token that another one takes the place of: what follows is another text.
+        """
         for what, params in (("prompt", self.prompts), ("answer", self.answer)):
             alone = self.afresh(params)
 
-            def largest(other: list[float], alone: list[float] = alone) -> float:
-                return max(abs(a - b) for a, b in zip(alone, other, strict=True))
+            def largest(other: Told, alone: Told = alone) -> float:
+                same = takewhile(lambda pair: pair[0][0] == pair[1][0], zip(alone, other, strict=True))
+                return max((abs(a - b) for (_, a), (_, b) in same), default=math.inf)
 
             yield what, ALONE, largest(self.afresh(params))
             yield what, f"among {len(self.others)} others", largest(self.afresh(params, others=True))

@@ -22,7 +22,11 @@ MODELS = {
 
 @pytest.fixture
 def invariant(monkeypatch):
+    """As in a process of its own: vLLM keeps the value that an earlier test has found."""
+    envs.disable_envs_cache()
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    yield
+    envs.disable_envs_cache()
 
 
 def found(engine, folder, kind: str, **settings) -> dict[tuple[str, str], float]:
