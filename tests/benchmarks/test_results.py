@@ -236,7 +236,7 @@ COUNTS = {"tokens", "rows", "groups", "texts", "requests", "preemptions"}
 UNITS = TIMES | SIZES | COUNTS | {"nats", "x"}
 # Perplexities, scores and shares, and how many log probabilities were compared.
 PURE = {"held-out perplexity", "score", *SCORES, "share", "Python and dispatch, share", COMPARED}
-PURE |= {"reached, by time", "reached, by FLOPs"}
+PURE |= {"reached, by time", "reached, by FLOPs", "largest |r - 1|", "tokens with other experts"}
 
 
 def without_unit(result: Result) -> list[str]:
