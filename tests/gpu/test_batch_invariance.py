@@ -7,7 +7,7 @@ import pytest
 from harness import tiny
 from vllm import envs
 
-from benchmarks.company import ALONE, Prober
+from benchmarks.prober import ALONE, Prober
 
 SIZES = dict(hidden_size=512, head_dim=64, num_attention_heads=8, sliding_window=100, vocab_size=1024)
 MODELS = {"dense": tiny.config, "mixture": tiny.moe_config}

@@ -5,7 +5,7 @@ from harness import tiny
 from vllm import envs
 from vllm.engine.arg_utils import EngineArgs
 
-from benchmarks.company import ALONE, HIT, PREEMPTED, Prober
+from benchmarks.prober import ALONE, HIT, PREEMPTED, Prober
 
 # Heads so wide that attention's tiles depend on a request's rows, and matrices whose order of sums does.
 WIDE = dict(hidden_size=512, intermediate_size=1536, head_dim=128, num_attention_heads=8, sliding_window=100)
