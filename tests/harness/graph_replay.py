@@ -9,6 +9,7 @@ there. Streams, memory pools and kernels have no part in it.
 from unittest.mock import patch
 
 import torch
+from torch.utils._pytree import tree_leaves
 from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.distributed.kv_transfer import kv_transfer_state
@@ -53,10 +54,16 @@ class ReplayedGraph:
         return result
 
 
-def tensors(result) -> list[torch.Tensor]:
+def tensors(tree) -> list[torch.Tensor]:
     """A piece may also return the number of rows, which a graph has for good."""
-    results = [result] if isinstance(result, torch.Tensor) else result
-    return [one for one in results if isinstance(one, torch.Tensor)]
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def capture_all(runner) -> None:
+    """As vLLM's V1 runner does for CUDA, without its streams."""
+    for mode, descriptors in runner.cudagraph_dispatcher.get_capture_descs():
+        for descriptor in descriptors:
+            runner._dummy_run(descriptor.num_tokens, cudagraph_runtime_mode=mode, is_graph_capturing=True)
 
 
 def install() -> None:
@@ -75,11 +82,8 @@ def install() -> None:
 
     def and_capture(worker):
         times = warm_up(worker)
-        runner, ReplayedGraph.capturing = worker.model_runner, True
-        for mode, descriptors in runner.cudagraph_dispatcher.get_capture_descs():
-            for descriptor in descriptors:
-                # As vLLM's V1 runner does for CUDA, without its streams.
-                runner._dummy_run(descriptor.num_tokens, cudagraph_runtime_mode=mode, is_graph_capturing=True)
+        ReplayedGraph.capturing = True
+        capture_all(worker.model_runner)
         ReplayedGraph.capturing = False
         return times
 

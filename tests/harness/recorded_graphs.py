@@ -6,11 +6,9 @@ between graphs sees the step that it is called in. Streams, memory pools and ker
 """
 
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from vllm.compilation import breakable_cudagraph
 from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.platforms.cpu import CpuPlatform
@@ -18,15 +16,11 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 import vllm_yocou.serving.model
+from harness.graph_replay import SIZES, capture_all, tensors
 from vllm_yocou.serving import caches
 
-SIZES = [1, 2, 4, 8, 16, 32, 37]  # the last is that of a whole chunk
 # Operators of ours in which a graph breaks: not they are captured, but what they do.
 BREAKING = {"vllm::yocou_attend_windows": caches.attend_windows, "vllm::yocou_attend_global": caches.attend_global}
-
-
-def tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 class Recorder(TorchDispatchMode):
@@ -85,10 +79,7 @@ def install() -> None:
 
     def and_capture(worker):
         times = warm_up(worker)
-        runner = worker.model_runner
-        for mode, descriptors in runner.cudagraph_dispatcher.get_capture_descs():
-            for descriptor in descriptors:
-                runner._dummy_run(descriptor.num_tokens, cudagraph_runtime_mode=mode, is_graph_capturing=True)
+        capture_all(worker.model_runner)
         return times
 
     def load_and_wrap(runner, *args, **kwargs):

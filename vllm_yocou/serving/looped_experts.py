@@ -39,8 +39,8 @@ def looped_experts(
     """Write the weighted sum of each row's experts on this rank into `out_NX`.
 
     The rows of `gate_up_EFX` are F gates, then F ups. `own` gives the place of each expert of all ranks among the E,
-    -1 for one of another rank's; None where all are this rank's. With `fixed`, no bit of a row
-    depends on the other rows.
+    -1 for one of another rank's; None where all are this rank's. With `fixed`, no bit of a row depends on the other
+    rows.
 
     An operator, since compiled code cannot loop over the experts that rows have chosen.
     """
