@@ -1,5 +1,7 @@
 """With VLLM_BATCH_INVARIANT on a CPU, what a request is told does not depend on its company, in a single bit."""
 
+from itertools import takewhile
+
 import pytest
 from harness import tiny
 from vllm import envs
@@ -114,6 +116,22 @@ def test_no_bit_depends_on_company_on_other_runners(kind, engine_process, tmp_pa
     assert alone.outputs[0].prompt_logprobs == among.outputs[2].prompt_logprobs
     assert alone.outputs[0].outputs[0].logprobs == among.outputs[2].outputs[0].logprobs
     assert len(alone.outputs[0].outputs[0].logprobs) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("engine_process", ["v2", "two-ranks"], indirect=True)
+def test_without_it_bits_depend_on_company_on_other_runners_too(dtype, engine_process, tmp_path):
+    make, sizes = MODELS["dense"]
+    tiny.model(make(**sizes)).save_pretrained(tmp_path)
+    probe = {"prompt": tiny.prompt(133), "sampling": {"logprobs": 0, "prompt_logprobs": 0}}
+    others = [{"prompt": tiny.prompt(length)} for length in (5, 40, 77)]
+    alone, among = engine_process.run(tmp_path, [[probe], [*others[:2], probe, others[2]]], dtype=dtype)
+    rows = zip(alone.outputs[0].outputs[0].logprobs, among.outputs[2].outputs[0].logprobs, strict=True)
+    same = takewhile(lambda pair: pair[0].keys() == pair[1].keys(), rows)  # another token goes on with another text
+    difference = max(abs(one[token].logprob - other[token].logprob) for one, other in same for token in one)
+    print(dtype, difference)
+    assert difference < (1e-4 if dtype == "float32" else 0.2)
 
 
 def test_the_variable_cannot_be_changed_beside_an_engine(invariant, monkeypatch, tmp_path):

@@ -239,14 +239,17 @@ def test_a_chunk_that_must_be_large_stays(checkpoint):
     """vLLM wants a token for each sequence, and whole prompts where chunks are off."""
     many = configured(checkpoint, max_num_seqs=1500)
     assert many.scheduler_config.max_num_batched_tokens == 1500
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    drafted = configured(checkpoint, max_num_seqs=500, speculative_config=drafts)
+    assert drafted.scheduler_config.max_num_batched_tokens == 2000
     whole = configured(checkpoint, enable_chunked_prefill=False, max_num_seqs=8)
     assert whole.scheduler_config.max_num_batched_tokens > CHUNK_ON_CPU
 
 
-@pytest.mark.parametrize("sequences, tokens", [(8, CHUNK_ON_GPU), (1024, CHUNK_ON_GPU), (5000, 10_000)])
-def test_a_gpu_takes_longer_chunks_of_which_decodes_leave_half(sequences, tokens, monkeypatch):
+@pytest.mark.parametrize("decoded, tokens", [(8, CHUNK_ON_GPU), (1024, CHUNK_ON_GPU), (5000, 10_000)])
+def test_a_gpu_takes_longer_chunks_of_which_decodes_leave_half(decoded, tokens, monkeypatch):
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    assert longest_chunk(sequences) == tokens
+    assert longest_chunk(decoded) == tokens
 
 
 def test_the_v1_runner_is_asked_who_wants_prompt_logprobs(checkpoint):

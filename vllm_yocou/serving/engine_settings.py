@@ -191,7 +191,7 @@ def check_kernels(vllm_config: "VllmConfig") -> None:
     reasons = {
         "on this machine: vLLM finds no GPU that Triton compiles for": not HAS_TRITON,
         "with KV connectors: these load and save caches around vLLM's attention": vllm_config.kv_transfer_config,
-        "with breakable CUDA graphs: these break at vLLM's attention alone": is_breakable_cudagraph_enabled(),
+        "with breakable CUDA graphs: these break around vLLM's ops, and kernels have none": is_breakable_cudagraph_enabled(),
         "with VLLM_BATCH_INVARIANT=1: other requests decide which kernel computes a row": envs.VLLM_BATCH_INVARIANT,
     }
     for reason, holds in reasons.items():
@@ -297,7 +297,8 @@ def choose_chunk(vllm_config: "VllmConfig") -> None:
     chosen. That is announced, together with the option that keeps it.
     """
     scheduler = vllm_config.scheduler_config
-    chosen, lowered = scheduler.max_num_batched_tokens, longest_chunk(scheduler.max_num_seqs)
+    decoded = scheduler.max_num_seqs * (1 + vllm_config.num_speculative_tokens)
+    chosen, lowered = scheduler.max_num_batched_tokens, longest_chunk(decoded)
     keep = not Options.of(vllm_config.additional_config).lower_chunk
     if keep or not scheduler.enable_chunked_prefill or chosen <= lowered or chosen not in _default_chunks(vllm_config):
         return
@@ -310,13 +311,16 @@ def choose_chunk(vllm_config: "VllmConfig") -> None:
     )
 
 
-def longest_chunk(sequences: int) -> int:
-    """Tokens a step that are enough for the device, and of which decodes of all `sequences` leave half to prompts."""
+def longest_chunk(decoded: int) -> int:
+    """Tokens a step that are enough for the device, and have room for `decoded` ones with their drafts.
+
+    On a GPU half of a chunk is left to prompts.
+    """
     from vllm.platforms import current_platform
 
     from vllm_yocou.serving.capacity import CHUNK_ON_CPU, CHUNK_ON_GPU  # what registers the plugin needs neither
 
-    return max(CHUNK_ON_CPU, sequences) if current_platform.is_cpu() else max(CHUNK_ON_GPU, 2 * sequences)
+    return max(CHUNK_ON_CPU, decoded) if current_platform.is_cpu() else max(CHUNK_ON_GPU, 2 * decoded)
 
 
 def _default_chunks(vllm_config: "VllmConfig") -> set[int]:
