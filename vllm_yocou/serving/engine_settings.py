@@ -191,7 +191,7 @@ def check_kernels(vllm_config: "VllmConfig") -> None:
     reasons = {
         "on this machine: vLLM finds no GPU that Triton compiles for": not HAS_TRITON,
         "with KV connectors: these load and save caches around vLLM's attention": vllm_config.kv_transfer_config,
-        "with breakable CUDA graphs: these break around vLLM's ops, and kernels have none": is_breakable_cudagraph_enabled(),
+        "with breakable CUDA graphs: kernels have no op at which these break": is_breakable_cudagraph_enabled(),
         "with VLLM_BATCH_INVARIANT=1: other requests decide which kernel computes a row": envs.VLLM_BATCH_INVARIANT,
     }
     for reason, holds in reasons.items():
