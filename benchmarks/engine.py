@@ -110,6 +110,21 @@ def prompt_s(llm: LLM, tokens: int) -> float:
     return time.perf_counter() - start_s
 
 
+def first_token_s(llm: LLM, tokens: int, limit_s: float | None = None) -> float | None:
+    """As `prompt_s`; None if it takes longer than `limit_s`, after which the request is gone."""
+    parameters = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+    engine = llm.llm_engine
+    start_s = time.perf_counter()
+    request = engine.add_request("0", TokensPrompt(prompt_token_ids=[5] * tokens), parameters)
+    while engine.has_unfinished_requests():
+        engine.step()
+        if limit_s is not None and time.perf_counter() - start_s > limit_s:
+            engine.abort_request([request], internal=True)
+            engine.step()
+            return None
+    return time.perf_counter() - start_s
+
+
 def steps_of_prompts(llm: LLM, batch: int, context: int) -> int:
     """Steps, at most, until `batch` prompts of `context` tokens are all computed, each in chunks."""
     chunk = core(llm).scheduler.max_num_scheduled_tokens

@@ -78,36 +78,41 @@ PAPER_GPU_BYTES = 125 << 30
 STEPS, ROUNDS = 8, 3
 
 
+def our_pool(sizes: Sizes) -> dict[str, Any]:
+    """Room for YOCO-U's caches."""
+    cfg, batch, longest = config(sizes.shape, **sizes.changed), max(sizes.batches), max(sizes.prompts) + MARGIN
+    kv = KVBytes.yoco_u(cfg, getattr(torch, sizes.dtype).itemsize)
+    in_flight = kv.window_token * (cfg.sliding_window + MARGIN)
+    return dict(kv_cache_memory_bytes=batch * (kv.token * longest + in_flight))
+
+
+def pool(sizes: Sizes, layers: float) -> dict[str, Any]:
+    """Room for the caches of so many layers, each of which holds all tokens."""
+    cfg, batch, longest = config(sizes.shape, **sizes.changed), max(sizes.batches), max(sizes.prompts) + MARGIN
+    whole = KVBytes.transformer(cfg, getattr(torch, sizes.dtype).itemsize)
+    token_bytes = whole.token // cfg.num_hidden_layers * layers
+    return dict(kv_cache_memory_bytes=int(token_bytes * max(longest, batch * (sizes.together + MARGIN))))
+
+
 def peers(sizes: Sizes) -> dict[str, tuple[PretrainedConfig, dict[str, Any]]]:
     """Config and engine settings by name."""
-    ours = config(sizes.shape, **sizes.changed)
-    layers, passes = ours.num_hidden_layers, ours.num_iterations * ours.num_self_decoder_layers
+    cfg, room = config(sizes.shape, **sizes.changed), our_pool(sizes)
+    layers, passes = cfg.num_hidden_layers, cfg.num_iterations * cfg.num_self_decoder_layers
 
     def llama(layers: int, architecture: str = "LlamaForCausalLM", **more: Any) -> LlamaConfig:
         same = "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim rms_norm_eps"
-        kept = {key: getattr(ours, key) for key in (*same.split(), "max_position_embeddings")}
+        kept = {key: getattr(cfg, key) for key in (*same.split(), "max_position_embeddings")}
         return LlamaConfig(**kept, num_hidden_layers=layers, architectures=[architecture], **more)
 
-    batch, longest = max(sizes.batches), max(sizes.prompts) + MARGIN
-    element_bytes = getattr(torch, sizes.dtype).itemsize
-
-    def pool(layers: int, share: float = 1.0) -> dict:
-        """Room for the caches of `layers` layers, each of which holds all tokens."""
-        token_bytes = KVBytes.transformer(ours, element_bytes).token // ours.num_hidden_layers * layers
-        return dict(kv_cache_memory_bytes=int(share * token_bytes * max(longest, batch * (sizes.together + MARGIN))))
-
-    kv = KVBytes.yoco_u(ours, element_bytes)
-    in_flight = kv.window_token * (ours.sliding_window + MARGIN)
-    room = dict(kv_cache_memory_bytes=batch * (kv.token * longest + in_flight))
-    cross = ours.num_cross_decoder_layers
+    deep = passes + cfg.num_cross_decoder_layers
     naive = dict(additional_config={"yocou": LAYOUTS["naive"]})
-    looped = llama(layers, "IQuestLoopCoderForCausalLM", loop_num=2, loop_window_size=ours.sliding_window)
+    looped = llama(layers, "IQuestLoopCoderForCausalLM", loop_num=2, loop_window_size=cfg.sliding_window)
     return {
-        OURS: (ours, room),
-        "Transformer, S·T + C layers": (llama(passes + cross), pool(passes + cross)),
-        LIKE_PAPER: (llama(layers), pool(layers)),
-        UNPACKED: (ours, room | naive),
-        LOOPED: (looped, pool(layers, 1.25)),
+        OURS: (cfg, room),
+        "Transformer, S·T + C layers": (llama(deep), pool(sizes, deep)),
+        LIKE_PAPER: (llama(layers), pool(sizes, layers)),
+        UNPACKED: (cfg, room | naive),
+        LOOPED: (looped, pool(sizes, 1.25 * layers)),
     }
 
 
@@ -159,12 +164,13 @@ def described(sizes: Sizes) -> dict[str, Any]:
     )
 
 
-def measure(sizes: Sizes) -> Result:
+def measure(sizes: Sizes, models: dict[str, tuple[PretrainedConfig, dict[str, Any]]] | None = None) -> Result:
+    """Of the peers, or of other `models` as `peers` describes them."""
     longest, most = max(sizes.prompts) + MARGIN, max(sizes.batches)
     settings: dict[str, Any] = dict(dtype=sizes.dtype, max_model_len=longest, max_num_seqs=most)
     settings |= dict(enforce_eager=not torch.cuda.is_available())  # on a CPU five models would take too long to compile
     engines = {}
-    for name, (cfg, more) in peers(sizes).items():
+    for name, (cfg, more) in (models or peers(sizes)).items():
         progress(f"starting {name}")
         engines[name] = start(cfg, **settings | more)
     chunks = {name: core(llm).scheduler.max_num_scheduled_tokens for name, llm in engines.items()}

@@ -29,7 +29,7 @@ class Prober:
     Args:
         tokens: of the prompt.
         others: requests beside it, of at most `longest` tokens each.
-        chunks: tokens of a step that the prompt takes at most, in two other runs.
+        chunks: tokens of a step in other runs.
     """
 
     def __init__(
@@ -52,12 +52,13 @@ class Prober:
         """Tokens and log probabilities of the probe's prompt, or of its answer.
 
         Args:
-            chunk: tokens of a step that the prompt takes at most; 0 for all of it.
+            chunk: tokens of a step; 0 for what the engine takes.
             preempt_after: steps after which every request is preempted; 0 for none.
         """
         engine: Any = self.llm.llm_engine
         scheduler = engine.engine_core.engine_core.scheduler  # an engine of this process
-        with patch.object(scheduler.scheduler_config, "long_prefill_token_threshold", chunk):
+        # vLLM's own limit, `long_prefill_token_threshold`, does not hold for a request that is alone.
+        with patch.object(scheduler, "max_num_scheduled_tokens", chunk or scheduler.max_num_scheduled_tokens):
             # The probe stands in the middle, in whatever order the batch has.
             before, after = (self.others[::2], self.others[1::2]) if others else ([], [])
             for number, one in enumerate(before):
@@ -74,6 +75,7 @@ class Prober:
                 steps += 1
                 if steps == preempt_after:
                     engine.reset_prefix_cache(reset_running_requests=True)
+        assert not chunk or steps * chunk >= len(self.probe["prompt_token_ids"]), "the prompt was not cut"
         if params.prompt_logprobs is not None:
             tokens, entries = found.prompt_token_ids[1:], found.prompt_logprobs[1:]
         else:

@@ -72,11 +72,16 @@ def peers_rows(result: Result) -> Rows:
 def peers_note(result: Result) -> str:
     settings = result.settings
     chunks, groups = (", ".join(f"{model} {n}" for model, n in settings[what].items()) for what in ("chunks", "groups"))
+    paper = ""
+    if PAPER_RATIOS.keys() & settings["groups"].keys():
+        paper = (
+            "The paper's ratios are of its 1.3B shape in bfloat16, batch 32, on an H100, that of a looped model over "
+        )
+        paper += "RINS. "
     return (
         f"{settings['shape']} shape: {settings['sizes']}; random weights, {settings['dtype']}, {settings['mode']}; "
         f"medians of {'/'.join(map(str, settings['rounds'].values()))} prompts and {settings['steps']} steps, "
-        "interleaved. The paper's ratios are of its 1.3B shape in bfloat16, batch 32, on an H100, that of a looped "
-        f"model over RINS. KV cache groups: {groups}. Tokens of a step: {chunks}."
+        f"interleaved. {paper}KV cache groups: {groups}. Tokens of a step: {chunks}."
     )
 
 
@@ -171,7 +176,7 @@ PEERS: dict[str, Any] = dict(
     rows=peers_rows,
     note=peers_note,
     draw=draw_peers,
-    picture="prefill, decode and KV cache of YOCO-U and its peers over the length of the context",
+    picture="prefill, decode and KV cache of YOCO-U and other models over the length of the context",
 )
 TABLES = (
     Table(
@@ -188,6 +193,14 @@ TABLES = (
         takes="on a GPU, where it has not been timed",
         module="peers",
         arguments=("--paper",),
+        by_default=False,
+        **PEERS,
+    ),
+    Table(
+        name="dory",
+        about="YOCO-U with T = 2 compared with NVIDIA's Dory, a looped model of vLLM 0.33",
+        needs="two quiet cores, 8 GiB of memory, vLLM 0.33",
+        takes="15 minutes",
         by_default=False,
         **PEERS,
     ),

@@ -32,7 +32,6 @@ import sys
 import traceback
 from collections import Counter
 from contextlib import contextmanager
-from functools import cache
 from itertools import count
 from unittest.mock import patch
 
@@ -104,17 +103,6 @@ def fork_workers() -> None:
     executor.get_mp_context = lambda: context
 
 
-def override_kernels_once() -> None:
-    """Keep the C++ functions that vLLM puts in the place of Triton's kernels for the life of the process.
-
-    It sets them again for every engine, which fails in vLLM 0.32 after an engine with n-gram drafts: numba's modules
-    are not what its search expects.
-    """
-    from vllm.platforms.cpu import CpuPlatform
-
-    CpuPlatform.register_triton_kernel_overrides = staticmethod(cache(CpuPlatform.register_triton_kernel_overrides))
-
-
 def counted_kernels() -> Counter:
     """Calls of each of the plugin's kernels."""
     import vllm_yocou.serving.fused_attention as fused
@@ -176,7 +164,6 @@ class RunnerEngines:
         if runner == "v2-triton":
             attend_in_triton()
         self.kernels = counted_kernels() if runner == "v2-triton" else Counter()
-        override_kernels_once()
         from harness import graph_replay
 
         self.graphs: type = graph_replay.ReplayedGraph
@@ -189,9 +176,10 @@ class RunnerEngines:
             recorded_graphs.install()
         if runner.startswith("two-ranks"):
             fork_workers()
-        from harness.engines import know_the_model_class
+        from harness.engines import know_the_model_class, override_kernels_once
 
         know_the_model_class()
+        override_kernels_once()
         self.calls = counted_calls()
         if runner == "v1":
             host_reads.refuse_in_forward_passes()

@@ -3,6 +3,7 @@
 import gc
 import pkgutil
 import traceback
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,18 @@ def know_the_model_class() -> None:
     ModelRegistry.register_model(ARCHITECTURE, pkgutil.resolve_name(MODEL_CLASS))
 
 
+@cache
+def override_kernels_once() -> None:
+    """Keep the C++ functions that vLLM puts in the place of Triton's kernels for the life of the process.
+
+    It sets them again for every engine, which fails in vLLM 0.32 after an engine with n-gram drafts: numba's modules
+    are not what its search expects.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    CpuPlatform.register_triton_kernel_overrides = staticmethod(cache(CpuPlatform.register_triton_kernel_overrides))
+
+
 class Engines:
     """Starts vLLM engines by being called; `stop` leaves nothing of them that the next engine could meet.
 
@@ -44,6 +57,7 @@ class Engines:
         from vllm import LLM
         from vllm.distributed import cleanup_dist_env_and_memory
 
+        override_kernels_once()
         try:
             self.started.append(LLM(str(folder), **DEFAULTS | settings))
         except BaseException as error:

@@ -114,8 +114,30 @@ ATTENTION = (
     ),
     Seam(
         "vllm.model_executor.layers.attention.attention:unified_kv_cache_update",
-        "window and global caches are written by it",
+        "the global cache is written by it",
         "serving/test_model.py",
+    ),
+    Seam(
+        "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl",
+        "on a CPU, caches are written and read over views that are made once",
+        "serving/test_kept_views.py",
+        has="do_kv_cache_update forward",
+        mentions="_k_scale_float _v_scale_float isa kv_cache_dtype scale sliding_window",
+    ),
+    Seam(
+        "vllm._custom_ops:cpu_attn_reshape_and_cache",
+        "on a CPU, caches are written over views that are made once",
+        "serving/test_kept_views.py",
+        takes="key value key_cache value_cache slot_mapping isa k_scale v_scale kv_cache_dtype",
+    ),
+    Seam(
+        "vllm._custom_ops:cpu_attention_with_kv_cache",
+        "on a CPU, caches are read over views that are made once",
+        "serving/test_kept_views.py",
+        takes=(
+            "query key_cache value_cache output query_start_loc seq_lens scale causal alibi_slopes sliding_window "
+            "block_table softcap scheduler_metadata s_aux dynamic_causal k_scale v_scale kv_cache_dtype"
+        ),
     ),
     Seam(
         "vllm.model_executor.layers.attention.attention:get_attention_context",
@@ -136,7 +158,7 @@ ATTENTION = (
         "vllm.forward_context:ForwardContext",
         "a step's metadata and layers are in it",
         "serving/test_model.py",
-        has="attn_metadata batch_descriptor cudagraph_runtime_mode dp_metadata no_compile_layers",
+        has="attn_metadata batch_descriptor cudagraph_runtime_mode dp_metadata no_compile_layers slot_mapping",
     ),
     Seam(
         "vllm.forward_context:in_piecewise_cudagraph",

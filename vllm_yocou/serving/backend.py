@@ -29,6 +29,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from vllm_yocou.rows.hand_over import StepRows, row_slots
 from vllm_yocou.rows.metrics import RowCounters
 from vllm_yocou.rows.selection import RowSelector, SelectedRows, share_experts
+from vllm_yocou.serving.kept_views import KeptViews
 from vllm_yocou.serving.row_by_row import RowByRow
 from vllm_yocou.workarounds import check_cache_dtype, widen_decode_scratch
 
@@ -105,10 +106,16 @@ def packed_backend(base: type[AttentionBackend], fixed: bool) -> type[AttentionB
     """`base` over block-outermost KV memory, for the window caches; with `fixed`, each row attends by itself."""
     name = f"YOCOU_{base.get_name()}{'_ROW_BY_ROW' if fixed else ''}"
     layouts = LAYOUTS[base.get_name()]
-    builder = base.get_builder_cls()
+    builder, implementation = base.get_builder_cls(), base.get_impl_cls()
+    if base.get_name() == "CPU_ATTN":
+
+        class Keeping(KeptViews, implementation):  # type: ignore[misc, valid-type]  # the base is known only at run time
+            pass
+
+        implementation = _name_class(Keeping, f"KeptViews{implementation.__name__}")
     if fixed:
 
-        class FixedBuilder(RowByRow, builder):  # type: ignore[misc, valid-type]  # the base is known only at run time
+        class FixedBuilder(RowByRow, builder):  # type: ignore[misc, valid-type]  # as above
             pass
 
         builder = _name_class(FixedBuilder, f"RowByRow{builder.__name__}")
@@ -121,6 +128,10 @@ def packed_backend(base: type[AttentionBackend], fixed: bool) -> type[AttentionB
         @staticmethod
         def get_builder_cls() -> type:
             return builder
+
+        @staticmethod
+        def get_impl_cls() -> type:
+            return implementation
 
         @classmethod
         def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -153,7 +164,7 @@ def row_selecting_backend(base: type[AttentionBackend], kernels: bool, fixed: bo
     class Builder(RowSelecting, packed.get_builder_cls()):  # type: ignore[misc]  # as above
         pass
 
-    implementation = base.get_impl_cls()
+    implementation = packed.get_impl_cls()
     if kernels:
         from vllm_yocou.serving.fused_attention import CrossAttentionByKernel  # not before: it wants Triton
 

@@ -27,6 +27,7 @@ from vllm_yocou.serving.backend import packed_backend, row_selecting_backend, se
 from vllm_yocou.serving.batch_invariance import is_fixed
 from vllm_yocou.serving.cache_specs import GlobalCacheSpec, WindowCacheSpec
 from vllm_yocou.serving.capacity import Capacity, Load
+from vllm_yocou.serving.kept_views import Views, keys_and_values
 from vllm_yocou.serving.packing import Packing
 
 WINDOW_ATTENTION = "vllm::yocou_attend_windows"
@@ -72,6 +73,24 @@ class Cache(Attention):
     @staticmethod
     def backend_over(base: type[AttentionBackend], kernels: bool) -> type[AttentionBackend]:
         return packed_backend(base, is_fixed())
+
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """The memory that vLLM has given to this cache."""
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, kv_cache: torch.Tensor) -> None:
+        """vLLM sets it to give memory, and sets it to an empty tensor to take it back."""
+        self._kv_cache = kv_cache
+        self._views: Views | None = None
+
+    @property
+    def views(self) -> Views:
+        """Keys and values of `kv_cache`, made when first asked for."""
+        if self._views is None:
+            self._views = keys_and_values(self._kv_cache)
+        return self._views
 
     @property
     def token_bytes(self) -> int:
@@ -264,8 +283,11 @@ def write_and_attend_window(
     A KV connector loads before the write, where vLLM's own op waits for it after: a load of whole pages would undo what
     this step has written into the last one.
     """
-    unified_kv_cache_update(k_NKd, v_NKd, layer_name)
-    attend(q_NHd, k_NKd, v_NKd, out_NHd, layer_name)
+    metadata, cache, kv_cache, slots = get_attention_context(layer_name)
+    implementation: Any = cache.impl
+    if slots is not None:  # as in vLLM's op; None while vLLM warms up
+        implementation.do_kv_cache_update(cache, k_NKd, v_NKd, kv_cache, slots)
+    implementation.forward(cache, q_NHd, k_NKd, v_NKd, kv_cache, metadata, output=out_NHd)
 
 
 @eager_break_during_capture
@@ -278,19 +300,9 @@ def write_global(k_NKd: torch.Tensor, v_NKd: torch.Tensor, layer_name: str) -> N
 @eager_break_during_capture
 def attend_global(q_MHd: torch.Tensor, out_MHd: torch.Tensor, written: torch.Tensor, layer_name: LayerNameType) -> None:
     """Attend over the global cache, into `out_MHd`; `written` orders it after the write."""
-    attend(q_MHd, None, None, out_MHd, _resolve_layer_name(layer_name))
-
-
-def attend(
-    queries: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, out: torch.Tensor, layer_name: str
-) -> None:
-    """What vLLM's own op does around its attention, without a KV connector's hooks.
-
-    Its implementations take no keys and values of a cache that another call has written.
-    """
-    metadata, cache, kv_cache, _ = get_attention_context(layer_name)
+    metadata, cache, kv_cache, _ = get_attention_context(_resolve_layer_name(layer_name))
     implementation: Any = cache.impl
-    implementation.forward(cache, queries, k, v, kv_cache, metadata, output=out)
+    implementation.forward(cache, q_MHd, None, None, kv_cache, metadata, output=out_MHd)
 
 
 def without_result(*args: Any) -> None:

@@ -1,0 +1,85 @@
+"""How long users wait near saturation: `vllm bench serve` at a fixed rate, rows skipping or not, by size of chunks."""
+
+from benchmarks.engine import config
+
+import json
+import shutil
+import statistics
+import subprocess
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.bench_serve import TOKENIZER
+from benchmarks.console import progress, publish
+from benchmarks.results import Result
+from benchmarks.server import VLLM, Server, serving, user_environment
+from benchmarks.tables.tail_latency import PERCENTILES, WAYS
+
+SHAPE, DTYPE = "57M", "float32"
+PROMPT, ANSWER = 1200, 200  # tokens
+RATE = 0.5  # requests a second, of which a server that runs every row computes at most 0.6
+REQUESTS, ROUNDS, WARM_UP = 100, 3, 4
+CHUNKS = (512, 1024, 2048)
+LIMIT_S = 3 * 3600  # of a server, which must outlive the runs against all servers
+SETTINGS = f"--load-format dummy --dtype {DTYPE} --max-model-len 2048 --host 127.0.0.1"
+SETTINGS += " --kv-cache-memory-bytes 1G --gpu-memory-utilization 0.1 --max-num-seqs 32 --no-enable-prefix-caching"
+
+
+@dataclass
+class Waits:
+    """What the users of one server waited for, in seconds, over all rounds."""
+
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+    tokens_s: list[float] = field(default_factory=list)
+
+    def ask(self, server: Server, folder: Path, seed: int, requests: int, rate: str) -> None:
+        mix = f"--dataset-name random --random-input-len {PROMPT} --random-output-len {ANSWER} --ignore-eos"
+        mix += f" --num-prompts {requests} --request-rate {rate} --seed {seed}"
+        command = [VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.url, "--model", server.model]
+        command += ["--tokenizer", str(TOKENIZER), *mix.split()]
+        command += ["--save-result", "--save-detailed", "--result-dir", str(folder), "--result-filename", "result.json"]
+        subprocess.run(command, env=user_environment(), check=True, capture_output=True, timeout=1800)
+        found = json.loads((folder / "result.json").read_text())
+        assert found["completed"] == requests
+        self.first += found["ttfts"]
+        self.between += [seconds for request in found["itls"] for seconds in request]
+        self.tokens_s.append(found["output_throughput"])
+
+
+def measure() -> Result:
+    result = Result.here(
+        "tail_latency", shape=SHAPE, dtype=DTYPE, prompt=PROMPT, answer=ANSWER, rate=RATE, requests=REQUESTS * ROUNDS
+    )
+    cases = [(chunk, way) for chunk in CHUNKS for way in WAYS]
+    waits = {case: Waits() for case in cases}
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        checkpoint = folder / "checkpoint"
+        shutil.copytree(TOKENIZER, checkpoint, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+        config(SHAPE).save_pretrained(checkpoint)
+        servers = {}
+        for chunk, way in cases:
+            progress(f"starting: chunks of {chunk}, {way}")
+            command = [VLLM, "serve", str(checkpoint), *SETTINGS.split(), "--max-num-batched-tokens", str(chunk)]
+            command += ["--additional-config", json.dumps({"yocou": {"skip_rows": WAYS[way]}})]
+            log = folder / f"{chunk}-{WAYS[way]}.log"
+            servers[chunk, way] = stack.enter_context(serving(command, log, limit_s=LIMIT_S))
+            Waits().ask(servers[chunk, way], folder, ROUNDS, WARM_UP, "inf")
+        for seed in range(ROUNDS):
+            for case, server in servers.items():
+                progress(f"chunks of {case[0]}, {case[1]}, round {seed + 1} of {ROUNDS}")
+                waits[case].ask(server, folder, seed, REQUESTS, str(RATE))
+    for (chunk, way), found in waits.items():
+        for what, seconds in (("first token", found.first), ("between tokens", found.between)):
+            of_hundred = statistics.quantiles(seconds, n=100)
+            for percentile in PERCENTILES:
+                result.add(f"{what}, p{percentile}", "s", of_hundred[percentile - 1], chunk=chunk, way=way)
+        result.add("answers", "1/s", found.tokens_s, chunk=chunk, way=way)
+    return result
+
+
+if __name__ == "__main__":
+    publish(measure())
