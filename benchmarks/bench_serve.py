@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.console import progress, publish
+from benchmarks.precision import in_each_dtype
 from benchmarks.results import Result
 from benchmarks.server import VLLM, Server, serving, user_environment
 from benchmarks.tables.comparisons import FIGURES
@@ -17,7 +18,7 @@ from benchmarks.tables.comparisons import FIGURES
 SHAPE, ROUNDS = "57M", 2
 LIMIT_S = 3600  # of a server, which must outlive the runs against all servers
 TOKENIZER = Path(__file__).parent.parent / "examples" / "yoco-u-kjv"
-SETTINGS = "--load-format dummy --dtype float32 --max-model-len 4096 --max-num-seqs 8 --host 127.0.0.1"
+SETTINGS = "--load-format dummy --max-model-len 4096 --max-num-seqs 8 --host 127.0.0.1"
 SETTINGS += " --kv-cache-memory-bytes 1G --gpu-memory-utilization 0.15 --enforce-eager"
 WAYS = {
     "skipping, prefix caching": [],
@@ -42,9 +43,9 @@ def figures(server: Server, folder: Path, seed: int, prompts: int) -> dict[str, 
     return {name: result[key] for name, (key, _) in FIGURES.items()}
 
 
-def measure() -> Result:
+def measure(dtype: str = "float32") -> Result:
     cfg = config(SHAPE)
-    sizes = dict(shape=SHAPE, kv_heads=cfg.num_key_value_heads, dtype="float32", prompts=PROMPTS, prefix=PREFIX)
+    sizes = dict(shape=SHAPE, kv_heads=cfg.num_key_value_heads, dtype=dtype, prompts=PROMPTS, prefix=PREFIX)
     sizes |= dict(input=INPUT, output=OUTPUT, concurrency=CONCURRENCY)
     result = Result.here("bench_serve", **sizes, rounds=ROUNDS)
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
@@ -53,13 +54,10 @@ def measure() -> Result:
         checkpoint = folder / "checkpoint"
         shutil.copytree(TOKENIZER, checkpoint, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
         cfg.save_pretrained(checkpoint)
+        command = [VLLM, "serve", str(checkpoint), "--dtype", dtype, *SETTINGS.split()]
         # All servers are up at once; one without requests takes no time from the others.
         servers = {
-            way: stack.enter_context(
-                serving(
-                    [VLLM, "serve", str(checkpoint), *SETTINGS.split(), *more], folder / f"{i}.log", limit_s=LIMIT_S
-                )
-            )
+            way: stack.enter_context(serving([*command, *more], folder / f"{i}.log", limit_s=LIMIT_S))
             for i, (way, more) in enumerate(WAYS.items())
         }
         progress("servers are ready")
@@ -77,4 +75,4 @@ def measure() -> Result:
 
 
 if __name__ == "__main__":
-    publish(measure())
+    publish(in_each_dtype(measure))

@@ -9,6 +9,7 @@ from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
 from benchmarks.console import progress, publish
+from benchmarks.precision import in_each_dtype
 from benchmarks.results import Result
 
 CHUNKS = (256, 512, 1024, 2048, 4096, 8192)
@@ -19,8 +20,8 @@ SHAPE = "57M"
 class Prompt:
     """One engine; the chunk is the scheduler's budget of a step."""
 
-    def __init__(self) -> None:
-        settings: dict[str, Any] = dict(max_model_len=TOKENS + 1, max_num_seqs=4)
+    def __init__(self, dtype: str) -> None:
+        settings: dict[str, Any] = dict(dtype=dtype, max_model_len=TOKENS + 1, max_num_seqs=4)
         settings |= dict(max_num_batched_tokens=max(CHUNKS) + 1)
         self.llm = start(config(SHAPE), kv_cache_memory_bytes=2 << 30, **settings)
         self.scheduler = core(self.llm).scheduler
@@ -49,15 +50,15 @@ class Prompt:
         return seconds, (free - least) * self.block_bytes / 2**20
 
 
-def measure() -> Result:
-    prompt = Prompt()
+def measure(dtype: str = "float32") -> Result:
+    prompt = Prompt(dtype)
     prompt.measure(min(CHUNKS))
     measured: dict[int, list[tuple[float, float]]] = {chunk: [] for chunk in CHUNKS}
     for number in range(ROUNDS):
         for chunk in CHUNKS:
             progress(f"chunks of {chunk}, round {number + 1} of {ROUNDS}")
             measured[chunk].append(prompt.measure(chunk))
-    result = Result.here("chunk_size", shape=SHAPE, dtype="float32", tokens=TOKENS, rounds=ROUNDS)
+    result = Result.here("chunk_size", shape=SHAPE, dtype=dtype, tokens=TOKENS, rounds=ROUNDS)
     for chunk, runs in measured.items():
         seconds, held = zip(*runs, strict=True)
         result.add("prefill", "s", seconds, chunk=chunk)
@@ -66,4 +67,4 @@ def measure() -> Result:
 
 
 if __name__ == "__main__":
-    publish(measure())
+    publish(in_each_dtype(measure))

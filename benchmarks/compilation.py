@@ -14,6 +14,7 @@ from vllm import LLM
 from vllm.config import VllmConfig
 
 from benchmarks.console import progress, publish
+from benchmarks.precision import in_each_dtype
 from benchmarks.results import Key, Result
 from vllm_yocou.serving import model
 from vllm_yocou.serving.compilation import compiled_unit
@@ -46,8 +47,10 @@ class UnrolledSelfDecoder(torch.nn.Module):
         return x_ND
 
 
-def engine(way: str) -> LLM:
-    settings: dict[str, Any] = dict(max_model_len=4096, max_num_seqs=max(BATCHES), kv_cache_memory_bytes=512 << 20)
+def engine(way: str, dtype: str) -> LLM:
+    settings: dict[str, Any] = dict(
+        dtype=dtype, max_model_len=4096, max_num_seqs=max(BATCHES), kv_cache_memory_bytes=512 << 20
+    )
     mode = 0 if way == "eager" else 3
     if way != "unrolled":
         return start(config(SHAPE), compilation_config={"mode": mode}, **settings)
@@ -129,15 +132,15 @@ def prefill(engines: dict[str, LLM], result: Result) -> None:
         result.add("prompt", "s", seconds, way=NAMES[way])
 
 
-def measure() -> Result:
+def measure(dtype: str = "float32") -> Result:
     inductor.cpp.enable_kernel_profile = True  # names Inductor's kernels in a profile; costs nothing without one
-    sizes = dict(shape=SHAPE, dtype="float32", iterations=config(SHAPE).num_iterations, context=CONTEXT)
+    sizes = dict(shape=SHAPE, dtype=dtype, iterations=config(SHAPE).num_iterations, context=CONTEXT)
     result = Result.here("compilation", **sizes, steps=ROUNDS * STEPS, prompt=PROMPT, prompts=PROMPTS)
-    engines = {way: engine(way) for way in NAMES}
+    engines = {way: engine(way, dtype) for way in NAMES}
     prefill(engines, result)
     decode(engines, result)
     return result
 
 
 if __name__ == "__main__":
-    publish(measure())
+    publish(in_each_dtype(measure))

@@ -17,6 +17,8 @@ from vllm import ModelRegistry
 
 from benchmarks.console import publish
 from benchmarks.peers import SMALL, Sizes, measure, our_pool, pool
+from benchmarks.precision import in_each_dtype
+from benchmarks.results import Result
 from benchmarks.tables.comparisons import OURS
 
 SIZES = dataclasses.replace(SMALL, table="dory", changed=SMALL.changed | dict(num_iterations=2))
@@ -45,10 +47,15 @@ def models(sizes: Sizes) -> dict[str, tuple[PretrainedConfig, dict[str, Any]]]:
     return found
 
 
+def of_dtype(dtype: str) -> Result:
+    sizes = dataclasses.replace(SIZES, dtype=dtype)
+    return measure(sizes, models(sizes))
+
+
 def main() -> None:
     if "DoryForCausalLM" not in ModelRegistry.get_supported_archs():
         sys.exit("this vLLM has no Dory: run the table with vLLM 0.33 (make bench VLLM=0.33 ARGS=dory).")
-    publish(measure(SIZES, models(SIZES)))
+    publish(in_each_dtype(of_dtype))
 
 
 if __name__ == "__main__":

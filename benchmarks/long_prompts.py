@@ -14,10 +14,10 @@ from vllm import LLM
 from benchmarks.console import progress, publish
 from benchmarks.kv_layout import held_in_decode
 from benchmarks.peers import MARGIN, SMALL, described, our_pool, peers
+from benchmarks.precision import in_each_dtype
 from benchmarks.results import Result
 from benchmarks.tables.comparisons import OURS, UNPACKED
 
-DTYPES = ("float32", "bfloat16")
 # Prompts of a round by length. The longest of all runs once, alone, in an engine that has only room for it.
 PROMPTS = {1 << 10: 5, 4 << 10: 2, 16 << 10: 1, 64 << 10: 1, 256 << 10: 1}
 LONGEST = 1 << 20
@@ -61,46 +61,43 @@ class Racers:
             stop(self.engines.popitem()[1])
 
 
-def measure(
-    dtypes: tuple[str, ...] = DTYPES, prompts: dict[int, int] = PROMPTS, longest: int = LONGEST, rounds: int = ROUNDS
-) -> Result:
+def measure(dtype: str, prompts: dict[int, int] = PROMPTS, longest: int = LONGEST, rounds: int = ROUNDS) -> Result:
     sizes = {key: value for key, value in described(SMALL).items() if key in ("shape", "sizes", "mode")}
-    result = Result.here("long_prompts", **sizes, prompts=prompts, rounds=rounds, limit_s=LIMIT_S, chunks={})
-    for dtype in dtypes:
-        racers = Racers(dtype, prompts)
-        for name, llm in racers.engines.items():
-            result.settings["chunks"][name] = core(llm).scheduler.max_num_scheduled_tokens
-            first_token_s(llm, min(prompts))
-        racers.round(list(racers.engines))
-        for _ in range(rounds - 1):
-            racers.round([OURS])
-        for name, by_length in racers.seconds.items():
-            for tokens, seconds in by_length.items():
-                of: dict[str, Any] = dict(tokens=tokens, model=name, dtype=dtype)
-                if seconds:
-                    result.add("first token", "s", seconds, **of)
-                result.add("KV cache", "MiB", racers.held_mib(name, tokens), **of)
-        racers.stop()
-        result.save()  # what is done, should the rest be cut
-        add_longest(result, dtype, longest)
+    sizes |= dict(dtype=dtype, prompts=prompts, rounds=rounds, limit_s=LIMIT_S)
+    racers = Racers(dtype, prompts)
+    chunks = {name: core(llm).scheduler.max_num_scheduled_tokens for name, llm in racers.engines.items()}
+    result = Result.here("long_prompts", **sizes, chunks=chunks)
+    for llm in racers.engines.values():
+        first_token_s(llm, min(prompts))
+    racers.round(list(racers.engines))
+    for _ in range(rounds - 1):
+        racers.round([OURS])
+    for name, by_length in racers.seconds.items():
+        for tokens, seconds in by_length.items():
+            of: dict[str, Any] = dict(tokens=tokens, model=name)
+            if seconds:
+                result.add("first token", "s", seconds, **of)
+            result.add("KV cache", "MiB", racers.held_mib(name, tokens), **of)
+    racers.stop()
+    add_longest(result, dtype, longest, min(prompts))
     return result
 
 
-def add_longest(result: Result, dtype: str, tokens: int) -> None:
-    """One prompt of YOCO-U alone."""
+def add_longest(result: Result, dtype: str, tokens: int, first: int) -> None:
+    """One prompt of YOCO-U alone, after a short one."""
     sizes = dataclasses.replace(SMALL, dtype=dtype, prompts={tokens: 1}, batches=(1,), together=0)
     cfg = config(sizes.shape, **sizes.changed, max_position_embeddings=tokens + MARGIN)
     settings: dict[str, Any] = dict(dtype=dtype, max_num_seqs=1, enforce_eager=True, max_model_len=tokens + MARGIN)
     llm = start(cfg, **settings | our_pool(sizes))
-    of: dict[str, Any] = dict(tokens=tokens, model=OURS, dtype=dtype)
-    first_token_s(llm, min(PROMPTS))
+    first_token_s(llm, first)
     progress(f"{OURS}, {tokens} tokens, {dtype}")
     seconds = first_token_s(llm, tokens)
     assert seconds is not None
+    of: dict[str, Any] = dict(tokens=tokens, model=OURS)
     result.add("first token", "s", seconds, **of)
     result.add("KV cache", "MiB", held_in_decode(llm, tokens) * block_bytes(llm) / 2**20, **of)
     stop(llm)
 
 
 if __name__ == "__main__":
-    publish(measure())
+    publish(in_each_dtype(measure))

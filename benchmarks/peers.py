@@ -19,9 +19,9 @@ from benchmarks.engine import (
 )
 
 import argparse
+import dataclasses
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from vllm import LLM
 
 from benchmarks.console import progress, publish
 from benchmarks.kv_layout import held_in_decode
+from benchmarks.precision import in_each_dtype
 from benchmarks.results import Result
 from benchmarks.tables.comparisons import LIKE_PAPER, LOOPED, OURS, UNPACKED
 from vllm_yocou.cli.sizing import KVBytes, stored_parameters
@@ -37,7 +38,7 @@ from vllm_yocou.cli.sizing import KVBytes, stored_parameters
 MARGIN = 4096  # tokens that a request has room for beyond its prompt, or in flight in a window cache
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Sizes:
     """The sizes of a table: prompt rounds by length in tokens, requests of the decode steps, and what a pool must hold.
 
@@ -195,7 +196,10 @@ def main() -> None:
     sizes = PAPER if parser.parse_args().paper else SMALL
     if sizes is PAPER and not (torch.cuda.is_available() and torch.cuda.mem_get_info()[0] >= PAPER_GPU_BYTES):
         sys.exit(f"--paper holds five models at once: it needs a GPU with {PAPER_GPU_BYTES >> 30} GiB free.")
-    publish(measure(sizes))
+    if sizes is PAPER:
+        publish(measure(sizes))
+    else:
+        publish(in_each_dtype(lambda dtype: measure(dataclasses.replace(sizes, dtype=dtype))))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from benchmarks.console import progress, publish
+from benchmarks.precision import in_each_dtype
 from benchmarks.results import Result
 from vllm_yocou.config import YocoUConfig
 
@@ -30,8 +31,8 @@ def flops(cfg: YocoUConfig, tokens: int, rows: int) -> float:
 class Prefill:
     """An engine whose prompts run in three ways."""
 
-    def __init__(self, cfg: YocoUConfig) -> None:
-        settings: dict[str, Any] = dict(max_model_len=max(ROUNDS) + 1, max_num_seqs=4)
+    def __init__(self, cfg: YocoUConfig, dtype: str) -> None:
+        settings: dict[str, Any] = dict(dtype=dtype, max_model_len=max(ROUNDS) + 1, max_num_seqs=4)
         self.llm = start(cfg, kv_cache_memory_bytes=2 << 30, **settings)
         self.model = runner(self.llm).model.model
         groups = [group for groups in runner(self.llm).attn_groups for group in groups]
@@ -74,15 +75,15 @@ class Prefill:
             yield tokens, times
 
 
-def measure() -> Result:
+def measure(dtype: str = "float32") -> Result:
     cfg = config(SHAPE)
-    prefill = Prefill(cfg)
+    prefill = Prefill(cfg, dtype)
     ways = {
         "every row": prefill.every_row,
         "skipping": prefill.skipping,
         "self-decoder alone": prefill.self_decoder_alone,
     }
-    result = Result.here("prefill", shape=SHAPE, dtype="float32", rounds=ROUNDS)
+    result = Result.here("prefill", shape=SHAPE, dtype=dtype, rounds=ROUNDS)
     for tokens, times in prefill.interleaved(ROUNDS, ways):
         for name, runs in times.items():
             result.add("first token", "s", runs, tokens=tokens, way=name)
@@ -92,4 +93,4 @@ def measure() -> Result:
 
 
 if __name__ == "__main__":
-    publish(measure())
+    publish(in_each_dtype(measure))

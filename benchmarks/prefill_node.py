@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from benchmarks.console import publish
+from benchmarks.precision import in_each_dtype
 from benchmarks.prefill import Prefill
 from benchmarks.results import Result
 from vllm_yocou.rows.prefill_node import PrefillNode
@@ -30,10 +31,10 @@ class Node(Prefill):
             requests.prefill_node = None
 
 
-def measure() -> Result:
-    node = Node(config(SHAPE))
+def measure(dtype: str = "float32") -> Result:
+    node = Node(config(SHAPE), dtype)
     ways = {"every row": node.every_row, "one row": node.skipping, "no row": node.no_row}
-    result = Result.here("prefill_node", shape=SHAPE, dtype="float32", rounds=ROUNDS)
+    result = Result.here("prefill_node", shape=SHAPE, dtype=dtype, rounds=ROUNDS)
     for tokens, times in node.interleaved(ROUNDS, ways):
         for name, runs in times.items():
             result.add("prefill", "s", runs, tokens=tokens, way=name)
@@ -41,4 +42,4 @@ def measure() -> Result:
 
 
 if __name__ == "__main__":
-    publish(measure())
+    publish(in_each_dtype(measure))

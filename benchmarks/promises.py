@@ -135,11 +135,11 @@ class Report:
             for promise, seen in self.mistakes.items()
         ]
 
-    def add_to(self, result: Result) -> None:
-        """Add the counts of each kind of request, then the idle server's figures."""
+    def add_to(self, result: Result, changes: str) -> None:
+        """Add the counts of each kind of request, then the idle server's figures, of a server that changes so."""
         for kind in sorted(self.sent):
             for name, counts in zip(SENT, (self.sent, self.answered, self.aborted, self.tokens), strict=True):
                 unit = "tokens" if counts is self.tokens else "requests"
-                result.add(name, unit, counts[kind], requests=kind)
+                result.add(name, unit, counts[kind], requests=kind, changes=changes)
         for name, (unit, figure) in self.idle.items():
-            result.add(name, unit, figure)
+            result.add(name, unit, figure, changes=changes)

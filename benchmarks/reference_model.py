@@ -14,6 +14,7 @@ from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 
 from benchmarks.console import progress, publish
+from benchmarks.precision import in_each_dtype
 from benchmarks.results import Result
 from vllm_yocou.reference import YocoUForCausalLM
 
@@ -54,14 +55,15 @@ def by_vllm(llm: LLM, prompts_BN: torch.Tensor) -> tuple[float, float]:
         return first_s, statistics.median(step_s(llm) for _ in range(STEPS))
 
 
-def measure() -> Result:
+def measure(dtype: str = "float32") -> Result:
     if torch.cuda.is_available():
         sys.exit("reference_model compares on a CPU, and vLLM would take the GPU: run it on a machine without one.")
     cfg = config(SHAPE, max_position_embeddings=1 << 14)
-    model = YocoUForCausalLM(cfg).eval()
+    model = YocoUForCausalLM(cfg).to(getattr(torch, dtype)).eval()
     model.generation_config.pad_token_id = 0
-    llm = start(cfg, max_model_len=4096, max_num_seqs=max(BATCHES), kv_cache_memory_bytes=2 << 30, enforce_eager=True)
-    sizes = dict(shape=SHAPE, kv_heads=cfg.num_key_value_heads, dtype="float32", threads=torch.get_num_threads())
+    settings: dict[str, Any] = dict(dtype=dtype, max_model_len=4096, max_num_seqs=max(BATCHES), enforce_eager=True)
+    llm = start(cfg, kv_cache_memory_bytes=2 << 30, **settings)
+    sizes = dict(shape=SHAPE, kv_heads=cfg.num_key_value_heads, dtype=dtype, threads=torch.get_num_threads())
     result = Result.here("reference_model", **sizes, rounds=ROUNDS, steps=STEPS)
     for tokens in PROMPTS:
         for batch in BATCHES:
@@ -79,4 +81,4 @@ def measure() -> Result:
 
 
 if __name__ == "__main__":
-    publish(measure())
+    publish(in_each_dtype(measure))

@@ -48,7 +48,7 @@ def section(result: Result) -> str:
     parts += [result.date, f"commit {result.commit}"]
     where = f"**{result.machine}** ({', '.join(parts)})"
     note = f"{where}: {table.note(result)} {result.remark}".strip()
-    return f"{note}\n\n{markdown(*table.rows(result))}"
+    return f"{note}\n\n{markdown(*table.whole(result))}"
 
 
 def block(name: str, page: Path) -> str:
@@ -111,7 +111,7 @@ def draw(result: Result) -> None:
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     show: Callable[[Result, Any], None] | None = TABLES[result.table].draw
     assert show is not None
-    show(result, figure)
+    show(TABLES[result.table].parts(result)[-1], figure)
     figure.savefig(picture(result), dpi=DOTS_PER_INCH, metadata={SOURCE: digest(result)})
 
 

@@ -8,7 +8,7 @@ import re
 import statistics
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,15 @@ class Result:
     def derived(self, name: str, computed: float | None, **of: Key) -> float | None:
         """A figure that follows from others: `computed`, or, of a transcribed result, what was printed (or None)."""
         return self.median(name, **of) if self.transcribed else computed
+
+    def only(self, dtype: str) -> "Result":
+        """The part that was measured in one type, as if nothing else had been."""
+        rest = [
+            replace(one, of={key: value for key, value in one.of.items() if key != "dtype"})
+            for one in self.measurements
+            if one.of.get("dtype") == dtype
+        ]
+        return replace(self, settings=self.settings | {"dtype": dtype}, measurements=rest)
 
     def keys(self, key: str, name: str | None = None) -> list[Any]:
         """The distinct values of a key, in order; among the measurements of one name only, where it is given."""

@@ -45,8 +45,18 @@ class Server:
 
 
 @contextmanager
-def serving(command: list[str], log: Path, ready: str = READY, limit_s: int = 1200) -> Iterator[Server]:
-    """Run `command` with --port; yield its `Server` once the log says `ready`."""
+def serving(
+    command: list[str],
+    log: Path,
+    ready: str = READY,
+    limit_s: int = 1200,
+    environment: dict[str, str] | None = None,
+) -> Iterator[Server]:
+    """Run `command` with --port; yield its `Server` once the log says `ready`.
+
+    Args:
+        environment: variables beside the user's.
+    """
     port = free_port()
     with log.open("w") as out:
         # `timeout` bounds its life, whatever becomes of this process.
@@ -54,7 +64,7 @@ def serving(command: list[str], log: Path, ready: str = READY, limit_s: int = 12
             ["timeout", "--kill-after=30", str(limit_s), *command, "--port", str(port)],
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=user_environment(),
+            env=user_environment() | (environment or {}),
         )
     try:
         deadline_s = time.monotonic() + START_S

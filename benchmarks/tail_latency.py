@@ -13,17 +13,18 @@ from pathlib import Path
 
 from benchmarks.bench_serve import TOKENIZER
 from benchmarks.console import progress, publish
+from benchmarks.precision import in_each_dtype
 from benchmarks.results import Result
 from benchmarks.server import VLLM, Server, serving, user_environment
 from benchmarks.tables.tail_latency import PERCENTILES, WAYS
 
-SHAPE, DTYPE = "57M", "float32"
+SHAPE = "57M"
 PROMPT, ANSWER = 1200, 200  # tokens
 RATE = 0.5  # requests a second, of which a server that runs every row computes at most 0.6
 REQUESTS, ROUNDS, WARM_UP = 100, 3, 4
 CHUNKS = (512, 1024, 2048)
 LIMIT_S = 3 * 3600  # of a server, which must outlive the runs against all servers
-SETTINGS = f"--load-format dummy --dtype {DTYPE} --max-model-len 2048 --host 127.0.0.1"
+SETTINGS = "--load-format dummy --max-model-len 2048 --host 127.0.0.1"
 SETTINGS += " --kv-cache-memory-bytes 1G --gpu-memory-utilization 0.1 --max-num-seqs 32 --no-enable-prefix-caching"
 
 
@@ -49,9 +50,9 @@ class Waits:
         self.tokens_s.append(found["output_throughput"])
 
 
-def measure() -> Result:
+def measure(dtype: str = "float32") -> Result:
     result = Result.here(
-        "tail_latency", shape=SHAPE, dtype=DTYPE, prompt=PROMPT, answer=ANSWER, rate=RATE, requests=REQUESTS * ROUNDS
+        "tail_latency", shape=SHAPE, dtype=dtype, prompt=PROMPT, answer=ANSWER, rate=RATE, requests=REQUESTS * ROUNDS
     )
     cases = [(chunk, way) for chunk in CHUNKS for way in WAYS]
     waits = {case: Waits() for case in cases}
@@ -63,7 +64,8 @@ def measure() -> Result:
         servers = {}
         for chunk, way in cases:
             progress(f"starting: chunks of {chunk}, {way}")
-            command = [VLLM, "serve", str(checkpoint), *SETTINGS.split(), "--max-num-batched-tokens", str(chunk)]
+            command = [VLLM, "serve", str(checkpoint), "--dtype", dtype, *SETTINGS.split()]
+            command += ["--max-num-batched-tokens", str(chunk)]
             command += ["--additional-config", json.dumps({"yocou": {"skip_rows": WAYS[way]}})]
             log = folder / f"{chunk}-{WAYS[way]}.log"
             servers[chunk, way] = stack.enter_context(serving(command, log, limit_s=LIMIT_S))
@@ -82,4 +84,4 @@ def measure() -> Result:
 
 
 if __name__ == "__main__":
-    publish(measure())
+    publish(in_each_dtype(measure))

@@ -118,6 +118,7 @@ TABLES = (
     ),
     Table(
         name="chunk_size",
+        each_dtype=True,
         about="KV cache and time of a long prompt by --max-num-batched-tokens",
         needs="two quiet cores",
         takes="5 minutes",

@@ -181,6 +181,7 @@ PEERS: dict[str, Any] = dict(
 TABLES = (
     Table(
         name="peers",
+        each_dtype=True,
         about="YOCO-U compared with Transformers and looped models in the same vLLM",
         needs="two quiet cores, 8 GiB of memory",
         takes="25 minutes",
@@ -198,6 +199,7 @@ TABLES = (
     ),
     Table(
         name="dory",
+        each_dtype=True,
         about="YOCO-U with T = 2 compared with NVIDIA's Dory, a looped model of vLLM 0.33",
         needs="two quiet cores, 8 GiB of memory, vLLM 0.33",
         takes="15 minutes",
@@ -206,6 +208,7 @@ TABLES = (
     ),
     Table(
         name="reference_model",
+        each_dtype=True,
         about="vLLM compared with transformers' generate() of the reference model",
         needs="two quiet cores and no GPU",
         takes="8 minutes",
@@ -214,6 +217,7 @@ TABLES = (
     ),
     Table(
         name="bench_serve",
+        each_dtype=True,
         about="`vllm bench serve`, with row skipping and prefix caching on and off",
         needs="two quiet cores, 8 GiB of memory",
         takes="15 minutes",

@@ -14,23 +14,17 @@ def speed(result: Result, tokens: int, **of: Any) -> float | None:
 
 def rows(result: Result) -> Rows:
     """Ratios are of tokens/s over those of the shortest prompt; a prompt that was stopped has neither."""
-    dtypes, first = result.keys("dtype"), min(result.keys("tokens"))
+    first = min(result.keys("tokens"))
     lines = []
     for tokens in result.keys("tokens"):
         for model in result.keys("model"):
-            cells = []
-            for dtype in dtypes:
-                of = dict(model=model, dtype=dtype)
-                here = speed(result, tokens, **of)
-                seconds = result.median("first token", tokens=tokens, **of)
-                cells.append(cell(here, ",.0f", f" ({cell(seconds, ',.1f')} s)"))
-                cells.append(cell(over(here, speed(result, first, **of)), ".3f"))
-                cells.append(cell(result.median("KV cache", tokens=tokens, **of), ",.1f", " MiB"))
-            if any(cells):
-                lines.append([f"{tokens:,}", model, *cells])
-    header = ["tokens", "model"]
-    for dtype in dtypes:
-        header += [f"{dtype}, tokens/s (time to first token)", f"over that at {first:,}", "KV a request"]
+            here, held = speed(result, tokens, model=model), result.median("KV cache", tokens=tokens, model=model)
+            seconds = result.median("first token", tokens=tokens, model=model)
+            if held is not None:
+                ratio = over(here, speed(result, first, model=model))
+                cells = [cell(here, ",.0f", f" ({cell(seconds, ',.1f')} s)"), cell(ratio, ".3f")]
+                lines.append([f"{tokens:,}", model, *cells, cell(held, ",.1f", " MiB")])
+    header = ["tokens", "model", "tokens/s (time to first token)", f"over that of {first:,} tokens", "KV a request"]
     return header, lines
 
 
@@ -39,24 +33,22 @@ def note(result: Result) -> str:
     chunks = ", ".join(f"{model} {chunk:,}" for model, chunk in settings["chunks"].items())
     longest = max(result.keys("tokens"))
     return (
-        f"{settings['shape']} shape: {settings['sizes']}; random weights, {settings['mode']}. {OURS}: medians of "
-        f"{settings['rounds']} rounds, in each of which every length runs, {longest:,} tokens once. The others: one "
-        f"round, up to the first prompt that takes longer than {settings['limit_s']} s, which is stopped. Tokens of a "
-        f"step: {chunks}."
+        f"{settings['shape']} shape: {settings['sizes']}; random weights, {settings['dtype']}, {settings['mode']}. "
+        f"{OURS}: medians of {settings['rounds']} rounds, in each of which every length runs, {longest:,} tokens once. "
+        f"The others: one round, up to the first prompt that takes longer than {settings['limit_s']} s, which is "
+        f"stopped. Tokens of a step: {chunks}."
     )
 
 
 def draw(result: Result, figure: Any) -> None:
-    """Speed in the type that the processor is fastest in, and bytes in the same."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator  # only pictures need it
 
-    dtype = result.keys("dtype")[-1]
     lengths = result.keys("tokens")
     prompts, held = figure.subplots(1, 2)
     for model in result.keys("model"):
         line: dict[str, Any] = dict(label=model, marker="o", linewidth=2.5 if model == OURS else 1.2)
-        speeds = {tokens: speed(result, tokens, model=model, dtype=dtype) for tokens in lengths}
-        sizes = {tokens: result.median("KV cache", tokens=tokens, model=model, dtype=dtype) for tokens in lengths}
+        speeds = {tokens: speed(result, tokens, model=model) for tokens in lengths}
+        sizes = {tokens: result.median("KV cache", tokens=tokens, model=model) for tokens in lengths}
         for axes, found in ((prompts, speeds), (held, sizes)):
             there = {tokens: value for tokens, value in found.items() if value is not None}
             axes.plot(list(there), list(there.values()), **line)
@@ -71,7 +63,7 @@ def draw(result: Result, figure: Any) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
     figure.legend(*prompts.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
-    figure.suptitle(f"{result.settings['shape']} shape, {dtype}, {result.machine}", fontsize="small")
+    figure.suptitle(f"{result.settings['shape']} shape, {result.settings['dtype']}, {result.machine}", fontsize="small")
 
 
 TABLES = (
@@ -82,6 +74,7 @@ TABLES = (
         takes="40 minutes",
         rows=rows,
         note=note,
+        each_dtype=True,
         draw=draw,
         picture="speed and KV cache of prompts from 1,024 to 1,048,576 tokens: YOCO-U stays level, the others fall",
     ),

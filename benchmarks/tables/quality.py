@@ -162,19 +162,31 @@ SENT = ("sent", "answered", "left by the client", "tokens compared")
 
 
 def soak_rows(result: Result) -> Rows:
-    counts: dict[Any, list[float]] = {}
-    for kind in result.keys("requests"):
-        counts[kind] = [result.median(name, requests=kind) or 0 for name in SENT]
-    counts["all"] = [sum(row[i] for row in counts.values()) for i in range(len(SENT))]
-    return ["requests", *SENT], [[kind, *(f"{n:,}" for n in row)] for kind, row in counts.items()]
+    """A row for each kind of request, or, where servers changed, for each server with its own figures."""
+    if not (changes := result.keys("changes")):
+        counts: dict[Any, list[float]] = {}
+        for kind in result.keys("requests"):
+            counts[kind] = [result.median(name, requests=kind) or 0 for name in SENT]
+        counts["all"] = [sum(row[i] for row in counts.values()) for i in range(len(SENT))]
+        return ["requests", *SENT], [[kind, *(f"{n:,}" for n in row)] for kind, row in counts.items()]
+    rows = []
+    for change in changes:
+        of = dict(changes=change)
+        sums = [sum(result.median(name, requests=kind, **of) or 0 for kind in result.keys("requests")) for name in SENT]
+        figures = [result.median(name, **of) for name in ("changes", "preemptions")]
+        grown = [result.median(name, **of) for name in ("memory when warm", "memory at the end")]
+        cells = [*(f"{n:,.0f}" for n in sums), *(cell(figure, ",.0f") for figure in figures)]
+        rows.append([change, *cells, " to ".join(cell(size, ",.0f", " MiB") for size in grown)])
+    return ["what changes", *SENT, "changes", "preemptions", "memory"], rows
 
 
 def soak_note(result: Result) -> str:
     settings = result.settings
-    note = (
-        f"{settings['clients']} clients for {settings['minutes']:g} minutes, {settings['model']} in "
-        f"{settings['dtype']}, a KV cache of {settings['kv_cache']}."
-    )
+    note = f"{settings['clients']} clients for {settings['minutes']:g} minutes, {settings['model']} in "
+    note += settings["dtype"]
+    if "kv_cache" not in settings:
+        return f"{note}, divided among servers. Preemptions are of the time since a server was warm."
+    note += f", a KV cache of {settings['kv_cache']}."
     preemptions, warm = result.median("preemptions"), result.median("memory when warm")
     if preemptions is None or warm is None:
         return note

@@ -174,6 +174,7 @@ def kernels_note(result: Result) -> str:
 TABLES = (
     Table(
         name="prefill",
+        each_dtype=True,
         about="Prompts with and without skipping the cross-decoder, and the ceiling",
         needs="two quiet cores",
         takes="8 minutes",
@@ -182,6 +183,7 @@ TABLES = (
     ),
     Table(
         name="prefill_node",
+        each_dtype=True,
         about="Prompts on a prefill node, which runs neither cross-decoder nor head",
         needs="two quiet cores",
         takes="3 minutes",
@@ -198,6 +200,7 @@ TABLES = (
     ),
     Table(
         name="compilation",
+        each_dtype=True,
         about="Decode and prefill: eager, compiled unrolled, compiled once; where a step's time goes",
         needs="two quiet cores, a C++ compiler",
         takes="8 minutes",

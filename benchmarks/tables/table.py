@@ -26,6 +26,7 @@ class Table:
     arguments: of that module, which choose this table.
     by_default: `python -m benchmarks` runs it.
     has_options: its module takes arguments, which --help after its name lists.
+    each_dtype: its module measures everything in each type, so `rows`, `note` and `draw` get one type's part.
     draw: draws a result into a matplotlib figure.
     picture: its text for readers who do not see it.
     """
@@ -40,12 +41,26 @@ class Table:
     arguments: tuple[str, ...] = ()
     by_default: bool = True
     has_options: bool = False
+    each_dtype: bool = False
     draw: Callable[[Result, Any], None] | None = None
     picture: str = ""
 
     @property
     def command(self) -> tuple[str, ...]:
         return (f"benchmarks.{self.module or self.name}", *self.arguments)
+
+    def parts(self, result: Result) -> list[Result]:
+        """The result, or of one in several types each type's."""
+        dtypes = result.keys("dtype") if self.each_dtype else []
+        return [result.only(dtype) for dtype in dtypes] or [result]
+
+    def whole(self, result: Result) -> Rows:
+        """The rows of all parts; where they are of several types, the first column names these."""
+        parts = self.parts(result)
+        if len(parts) == 1:
+            return self.rows(parts[0])
+        lines = [[part.settings["dtype"], *line] for part in parts for line in self.rows(part)[1]]
+        return ["", *self.rows(parts[0])[0]], lines
 
 
 def cell(value: float | None, form: str = "", unit: str = "") -> str:

@@ -40,6 +40,7 @@ def note(result: Result) -> str:
 TABLES = (
     Table(
         name="tail_latency",
+        each_dtype=True,
         about="How long the slowest requests wait near saturation, rows skipping or not, by size of chunks",
         needs="two quiet cores, 12 GiB of memory, a C++ compiler",
         takes="70 minutes",

@@ -10,10 +10,12 @@ import pytest
 import torch
 from aiohttp import web
 
-from benchmarks import promises, results, soak
+from benchmarks import promises, results, soak, soak_clients
 from benchmarks.promises import Expected, Mistake, Reference, Report
-from benchmarks.server import VLLM, Server, free_port, serving
-from benchmarks.soak import Client
+from benchmarks.server import Server, free_port, serving
+from benchmarks.soak_changes import CHANGES, Nothing
+from benchmarks.soak_clients import Client
+from benchmarks.soak_models import Models, Served
 
 PROMPT = [5, 6, 7]
 LOGPROBS = [-1.5, -0.25]
@@ -35,15 +37,18 @@ class Model:
     check_tokens = Reference.check_tokens
 
 
-def test_a_minute_of_mixed_clients(starts_vllm, both_cores, nightly, tmp_path):
-    with serving([VLLM, "serve", str(soak.CHECKPOINT), *soak.SETTINGS.split()], tmp_path / "log") as server:
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_minute_of_mixed_clients(name, starts_vllm, both_cores, nightly, tmp_path):
+    change = CHANGES[name](Reference(soak.CHECKPOINT), tmp_path)
+    with serving(soak.command(change), tmp_path / "log", environment=change.environment) as server:
         with pytest.raises(LookupError, match="vllm:nothing_of_this_name is not among"):
             server.metric("vllm:nothing_of_this_name")
-        report = soak.soak(server, Reference(soak.CHECKPOINT), seconds=60, seed=1)
+        report = soak.soak(server, change, seconds=45, seed=1)
         assert server.process.poll() is None
     assert not report.sentences()
-    assert set(report.sent) == set(soak.KINDS)
+    assert set(report.sent) == set(soak_clients.KINDS)
     assert report.tokens.total() > 500
+    assert change.made > 2
 
 
 @pytest.mark.parametrize("served", [[8, 9, 8], [8, 9], [], [8, 10, 8]], ids=["whole", "part", "nothing", "near tie"])
@@ -144,20 +149,21 @@ def ask(kind: str, status: int, choice: dict, drawn: int = -1) -> Report:
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         port = runner.addresses[0][1]
-        client = Client(SimpleNamespace(url=f"http://127.0.0.1:{port}", model="m"), Model(), [EXPECTED], Report(), "0")
+        server = SimpleNamespace(url=f"http://127.0.0.1:{port}", model="m")
+        client = Client(server, Models(Served("m", Model(), [EXPECTED])), Report(), "0")
         client.random = SimpleNamespace(choice=lambda of: of[drawn], randint=lambda low, high: high)
-        async with soak.session() as http:
+        async with soak_clients.session() as http:
             await client.request(http, kind)
         await runner.cleanup()
         return client.report
 
-    with patch.object(soak, "CONTEXT", len(PROMPT) + len(EXPECTED.tokens)):
+    with patch.object(soak_clients, "CONTEXT", len(PROMPT) + len(EXPECTED.tokens)):
         return asyncio.run(run())
 
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_wrong_answer_is_seen(kind):
-    assert set(BROKEN) == set(soak.KINDS)
+    assert set(BROKEN) == set(soak_clients.KINDS)
     choice, promise = BROKEN[kind]
     (sentence,) = ask(kind, 200, choice).sentences()
     assert promise in sentence
@@ -183,7 +189,7 @@ def test_a_right_answer_passes(kind):
 def test_a_dead_server_is_seen(monkeypatch, capsys):
     server = Server(f"http://127.0.0.1:{free_port()}", "m", process=None)
     monkeypatch.setattr(soak, "prompts", lambda: [])
-    report = soak.soak(server, Model(), seconds=1, seed=0)
+    report = soak.soak(server, Nothing(Model(), None), seconds=1, seed=0)
     (sentence,) = report.sentences()
     assert sentence.startswith("not kept: the server is alive: URLError(")
 
@@ -198,7 +204,49 @@ def test_the_command_says_what_was_not_kept(monkeypatch, tmp_path, capsys, mista
     monkeypatch.setattr(soak, "Reference", lambda _: Model())
     monkeypatch.setattr(soak, "soak", lambda *_: report)
     monkeypatch.setattr(soak.torch, "set_num_threads", lambda _: None)
-    monkeypatch.setattr("sys.argv", ["soak"])
+    monkeypatch.setattr("sys.argv", ["soak", "--changes", "nothing"])
     assert soak.main() == code
-    assert capsys.readouterr().err == "not kept: the sky is blue: it was grey.\n" * code
+    told = "what changes: nothing\n" + "nothing: not kept: the sky is blue: it was grey.\n" * code
+    assert capsys.readouterr().err == told
     assert len(list(tmp_path.glob("*/soak.json"))) == 1 - code
+
+
+class Says:
+    """Stands in for a reference that only takes answers of one token."""
+
+    def __init__(self, token: int):
+        self.token = token
+
+    def check_tokens(self, expected: Expected, served: list[int]) -> None:
+        if served != [self.token]:
+            raise Mistake("greedy answers are the reference's", f"{served} instead of {self.token}")
+
+
+def test_while_weights_change_an_answer_may_be_of_either():
+    old, new = Served("m", Says(8), [EXPECTED]), Served("m", Says(9), [EXPECTED])
+    models = Models(old)
+    draw = SimpleNamespace(choice=lambda of: of[-1])
+    client = Client(None, models, Report(), "0")
+
+    def right(ticket, token: int) -> bool:
+        client.ticket = ticket
+        try:
+            client.check(EXPECTED, lambda reference, expected: reference.check_tokens(expected, [token]))
+        except Mistake:
+            return False
+        return True
+
+    with models.asked(draw) as before, models.replaced_by(new), models.asked(draw) as meanwhile:
+        for ticket in (before, meanwhile):
+            assert right(ticket, 8) and right(ticket, 9) and not right(ticket, 7)
+    with models.asked(draw) as after:
+        assert right(after, 9) and not right(after, 8)
+    assert not models.under_way
+
+
+def test_an_adapter_is_used_until_its_last_request_ends():
+    base, adapter = Served("m", Says(8), [EXPECTED]), Served("adapter-0", Says(9), [EXPECTED])
+    models = Models(base, adapter)
+    with models.asked(SimpleNamespace(choice=lambda of: of[-1])) as ticket:
+        assert ticket.model is adapter and models.is_used(adapter) and not models.is_used(base)
+    assert not models.is_used(adapter)

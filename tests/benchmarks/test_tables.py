@@ -73,7 +73,7 @@ def assert_ratio(ratio: str, above: str, below: str) -> None:
 def test_peers(starts_vllm, nightly, monkeypatch, folder, capsys):
     from benchmarks.engine import config
 
-    from benchmarks import peers
+    from benchmarks import peers, precision
     from vllm_yocou.cli.sizing import KVBytes
 
     lengths, batches = (100, 2000), (1, 2)
@@ -81,6 +81,7 @@ def test_peers(starts_vllm, nightly, monkeypatch, folder, capsys):
     for name, value in dict(SMALL=small, ROUNDS=1).items():
         monkeypatch.setattr(peers, name, value)
     monkeypatch.setattr("sys.argv", ["peers"])
+    monkeypatch.setattr(precision, "dtypes_here", lambda: ["float32"])
     peers.main()
     printed = capsys.readouterr().out
     assert f"{peers.OURS} 3, " in printed and "a group for each cache 10, " in printed

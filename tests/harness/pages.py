@@ -20,7 +20,7 @@ PAGES = [
 SHELL = {"bash", "sh", "console"}
 PYTHON = {"python", "py"}
 MARKER = re.compile(r"\s*<!--\s*(needs|shown by):\s*(.*?)\s*-->\s*")
-NEEDS = {"gpu", "network", "hours"}
+NEEDS = {"gpu", "network", "hours", "several machines"}
 
 
 @dataclass(frozen=True)
