@@ -44,7 +44,7 @@ unit: $(TESTING)
 
 # In CI, of every supported vLLM but the first: the tests that start no engine, and an exactness test of each runner.
 supported: $(TESTING)
-	$(PYTEST) -m "runner or not (engine or slow)" $(TWO_WORKERS) $(ARGS)
+	$(PYTEST) -m "runner or newer or not (engine or slow)" $(TWO_WORKERS) $(ARGS)
 
 # A process interprets Triton or runs engines, never both. The second part runs also when the first has failed.
 test: $(TESTING)

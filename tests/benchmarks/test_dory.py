@@ -38,7 +38,7 @@ def test_chunks_do_not_move_yoco_u(engine, tmp_path):
     assert moved_by_chunks(engine(tmp_path, max_num_batched_tokens=TOKENS + 1, enable_prefix_caching=True)) < 1e-5
 
 
-@pytest.mark.runner("v1")  # of newer versions, for which CI starts only these engines
+@pytest.mark.newer
 @pytest.mark.skipif("DoryForCausalLM" not in ModelRegistry.get_supported_archs(), reason="vLLM 0.32 has no Dory")
 @pytest.mark.parametrize("mode, depends", [("per_loop", False), ("last_loop", True)])
 def test_chunks_move_dory_where_loops_share_a_cache(mode, depends, engine, tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 # Not the model's own, though it knows them: settings, caches, and what the runner makes for each step. Their memory has
 # other tags, under which vLLM keeps or drops them by themselves. Adapters are put in place again after every load, and
 # their maps are made for each step.
-ELSEWHERE = {"vllm_config", "compilation_config", "config", "quant_config", "kv_cache", "_metadata"}
+ELSEWHERE = {"vllm_config", "compilation_config", "config", "quant_config", "_kv_cache", "_views", "_metadata"}
 ADAPTERS = {"_lora_manager", "adapters", "map_adapters", "punica_wrapper", "lora_a_stacked", "lora_b_stacked"}
 # In the host's memory, wherever the model is.
 ON_THE_HOST = {"iterations", "_k_scale_cpu", "_v_scale_cpu"}
