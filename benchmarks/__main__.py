@@ -63,7 +63,7 @@ def main(
 
 
 def help_of(table: Table) -> str:
-    return f"{table.about}. Needs: {table.needs}. Time: {table.takes}."
+    return f"{table.about}. Needs: {table.needs}. Time: {table.takes}{' for each type' if table.each_dtype else ''}."
 
 
 def command_of(name: str) -> Callable[[typer.Context], None]:

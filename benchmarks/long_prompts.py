@@ -67,8 +67,8 @@ def measure(dtype: str, prompts: dict[int, int] = PROMPTS, longest: int = LONGES
     racers = Racers(dtype, prompts)
     chunks = {name: core(llm).scheduler.max_num_scheduled_tokens for name, llm in racers.engines.items()}
     result = Result.here("long_prompts", **sizes, chunks=chunks)
-    for llm in racers.engines.values():
-        first_token_s(llm, min(prompts))
+    for name in racers.engines:
+        first_token_s(racers.engines[name], min(prompts))
     racers.round(list(racers.engines))
     for _ in range(rounds - 1):
         racers.round([OURS])

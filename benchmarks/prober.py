@@ -67,15 +67,16 @@ class Prober:
             for number, one in enumerate(after):
                 engine.add_request(f"after-{number}", one, self.answer)
             found: Any = None
-            steps = 0
+            steps, first = 0, 0  # the step of the first token
             while engine.has_unfinished_requests():
                 for output in engine.step():
-                    if output.request_id == "probe" and output.finished:
-                        found = output
+                    if output.request_id == "probe":
+                        first = first or steps + 1
+                        found = output if output.finished else found
                 steps += 1
                 if steps == preempt_after:
                     engine.reset_prefix_cache(reset_running_requests=True)
-        assert not chunk or steps * chunk >= len(self.probe["prompt_token_ids"]), "the prompt was not cut"
+        assert not chunk or first * chunk >= len(self.probe["prompt_token_ids"]), "the prompt was not cut"
         if params.prompt_logprobs is not None:
             tokens, entries = found.prompt_token_ids[1:], found.prompt_logprobs[1:]
         else:

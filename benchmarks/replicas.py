@@ -1,6 +1,7 @@
 """`examples/inference/ray_batch.py` with one and two replicas: tokens a second, and rows after a replica is killed."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,10 @@ class Run:
         command = [sys.executable, str(EXAMPLE), str(MODEL), str(source), str(self.answers)]
         command += ["--replicas", str(replicas), "--cpus", str(1 / replicas), "--batch", str(BATCH)]
         command += ["--max-tokens", str(TOKENS), "--engine", json.dumps(ENGINE)]
-        self.process = subprocess.Popen(command, env=user_environment(), stdout=subprocess.DEVNULL)
+        # Ray would give every replica one thread, and begin before the last one is ready.
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // replicas))}
+        threads |= {"RAY_DATA_DEFAULT_WAIT_FOR_MIN_ACTORS_S": str(LIMIT_S)}
+        self.process = subprocess.Popen(command, env=user_environment() | threads, stdout=subprocess.DEVNULL)
 
     def parts(self) -> list[Path]:
         return sorted(self.answers.glob("*.jsonl"), key=lambda part: part.stat().st_mtime)

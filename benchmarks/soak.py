@@ -3,7 +3,8 @@
     python -m benchmarks soak --minutes 10
 
 The time is divided among servers that change while they are used (soak_changes.py). Each client has a random generator
-of its own, so its requests are the same for the same seed, however many of them the time allows. Before the load starts
+of its own, so its requests are the same for the same seed, however many of them the time allows (not so where
+adapters come and go). Before the load starts
 the reference model computes the right answers to a small pool of prompts. A request then costs a comparison only, and
 the server has the cores.
 """
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -61,12 +63,13 @@ def command(change: Nothing) -> list[str]:
 async def load(clients: list[Client], change: Nothing, seconds: float) -> None:
     """Run the clients for so many seconds, until the last request has its answer, while the server changes."""
     async with session() as http:
-        done = asyncio.Event()
-        changing = asyncio.create_task(change.run(http, done))
-        until_s = time.monotonic() + seconds
-        await asyncio.gather(*(client.run(http, until_s) for client in clients))
-        done.set()
-        await changing
+        done, until_s = asyncio.Event(), time.monotonic() + seconds
+
+        async def ask() -> None:
+            await asyncio.gather(*(client.run(http, until_s) for client in clients))
+            done.set()
+
+        await asyncio.gather(ask(), change.run(http, done))  # a change that fails ends the load
 
 
 async def warm_up(server: Server, text: list[int]) -> None:
@@ -111,13 +114,14 @@ def prompts() -> Iterator[list[int]]:
         yield text[start : start + length]
 
 
-def pool(reference: Reference) -> list[Expected]:
-    return [reference.expect(prompt, min(TOKENS, CONTEXT - len(prompt))) for prompt in prompts()]
+def pool(reference: Reference, skipped: tuple[int, ...]) -> list[Expected]:
+    sent = (prompt for prompt in prompts() if len(prompt) not in skipped)
+    return [reference.expect(prompt, min(TOKENS, CONTEXT - len(prompt))) for prompt in sent]
 
 
 def soak(server: Server, change: Nothing, seconds: float, seed: int) -> Report:
     report = Report()
-    models = change.models(server, pool)
+    models = change.models(server, partial(pool, skipped=change.skipped))
     clients = [Client(server, models, report, f"{seed}/{number}") for number in range(CLIENTS)]
     try:
         start = idle_usage(server)
@@ -134,7 +138,8 @@ def soak(server: Server, change: Nothing, seconds: float, seed: int) -> Report:
         report.note(Mistake("the server is alive", repr(error)))
     else:
         report.check(check_growth, warm, end)
-        report.check(check_preemptions, preemptions)
+        if change.preempts:
+            report.check(check_preemptions, preemptions)
         report.idle = {
             "changes": ("changes", change.made),
             "preemptions": ("preemptions", preemptions),

@@ -60,6 +60,8 @@ class Client:
             await self.request(session, self.random.choices(list(KINDS), list(KINDS.values()))[0])
 
     async def request(self, session: aiohttp.ClientSession, kind: str) -> None:
+        while self.models.coming is not None:
+            await asyncio.sleep(0.1)
         self.kind = kind
         self.report.sent[kind] += 1
         try:
@@ -108,11 +110,17 @@ class Client:
         self.report.answered[self.kind] += 1
         return choices
 
-    def compare(self, expected: Expected, served: list[int], tokens: int) -> None:
+    def compare(self, expected: Expected, served: list[int], tokens: int, logprobs: list | None = None) -> None:
         if len(served) != tokens:
             raise Mistake("answers are whole", f"{len(served)} of {tokens} tokens for {self.kind}")
         self.report.tokens[self.kind] += tokens
-        self.check(expected, lambda reference, of_model: reference.check_tokens(of_model, served))
+
+        def is_of(reference: Reference, of_model: Expected) -> None:
+            if logprobs is not None:
+                check_logprobs(of_model, logprobs)
+            reference.check_tokens(of_model, served)
+
+        self.check(expected, is_of)
 
     async def whole(self, session: aiohttp.ClientSession) -> None:
         expected, tokens = self.draw()
@@ -134,8 +142,7 @@ class Client:
     async def scored(self, session: aiohttp.ClientSession) -> None:
         expected, tokens = self.draw()
         (choice,) = await self.answer(session, expected, tokens, prompt_logprobs=0)
-        self.check(expected, lambda _, of_model: check_logprobs(of_model, choice["prompt_logprobs"]))
-        self.compare(expected, choice["token_ids"], tokens)
+        self.compare(expected, choice["token_ids"], tokens, choice["prompt_logprobs"])
 
     async def structured(self, session: aiohttp.ClientSession) -> None:
         expected, _ = self.draw()

@@ -22,7 +22,10 @@ class Served:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request under way: the model that it asked for, and all that may answer it under that name."""
+    """A request under way: the model that it asked for, and all that may answer it under that name.
+
+    Requests begin only while no model gives way to another: `Models.coming` is None.
+    """
 
     model: Served
     possible: list[Served]
@@ -40,7 +43,7 @@ class Models:
     def asked(self, random: Random) -> Iterator[Ticket]:
         """A request for one of them, until its answer is there."""
         model = random.choice(self.choices)
-        ticket = Ticket(model, [model] if self.coming is None else [model, self.coming])
+        ticket = Ticket(model, [model])
         self.under_way.append(ticket)
         try:
             yield ticket

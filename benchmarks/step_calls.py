@@ -66,6 +66,7 @@ def of_unit(found: dict[str, list[float]], unit: Callable[..., torch.Tensor], *a
 
     with patch.object(CompiledFxGraph, "__call__", once):
         unit(*args)
+    assert "outputs" in inside, "compiled code does not run as a CompiledFxGraph"
     with patch.object(CompiledFxGraph, "__call__", lambda graph, inputs: inside["outputs"]):
         found[UNIT] = cost_us(lambda: unit(*args))
 
@@ -74,10 +75,16 @@ def measure() -> Result:
     cfg = config(SHAPE, **NARROW)
     settings: dict[str, Any] = dict(max_model_len=4096, max_num_seqs=1, kv_cache_memory_bytes=128 << 20)
     llm = start(cfg, **settings)
-    torch.set_num_threads(1)
     model = runner(llm).model.model
     windows, reads = cfg.num_iterations * cfg.num_self_decoder_layers, cfg.num_cross_decoder_layers
-    times = {UNIT: cfg.num_iterations + 1, WRITE: windows + 1, ATTEND: windows + reads, OPERATION: windows + reads}
+    times = {
+        "forward context": 2 * windows + reads + 1,
+        "metadata, cache and slots of a layer": windows + reads + 1,
+        "name of a layer": windows + reads,
+        WRITE: windows + 1,
+        OPERATION: windows + reads,
+        UNIT: cfg.num_iterations + 1,
+    }
     found: dict[str, list[float]] = {}
     write, unit = caches.write_and_attend_window, type(model.self_decoder).__call__
 
@@ -97,6 +104,7 @@ def measure() -> Result:
         with patch.object(type(model.self_decoder), "__call__", first_unit):
             llm.llm_engine.step()
     result = Result.here("step_calls", shape=SHAPE, context=CONTEXT, repeats=REPEATS, calls=CALLS)
+    result.settings["threads"] = torch.get_num_threads()
     for call, costs in found.items():
         result.add("call", "us", costs, call=call)
         result.add("calls", "calls", times.get(call.removesuffix(", vLLM's"), windows), call=call)

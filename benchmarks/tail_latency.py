@@ -16,11 +16,12 @@ from benchmarks.console import progress, publish
 from benchmarks.precision import in_each_dtype
 from benchmarks.results import Result
 from benchmarks.server import VLLM, Server, serving, user_environment
-from benchmarks.tables.tail_latency import PERCENTILES, WAYS
+from benchmarks.tables.tail_latency import EVERY_ROW, PERCENTILES, WAYS
 
 SHAPE = "57M"
 PROMPT, ANSWER = 1200, 200  # tokens
-RATE = 0.5  # requests a second, of which a server that runs every row computes at most 0.6
+LOAD = 0.8  # of the requests a second that the server that runs every row answers if it has all of them at once
+SATURATING = 24  # requests
 REQUESTS, ROUNDS, WARM_UP = 100, 3, 4
 CHUNKS = (512, 1024, 2048)
 LIMIT_S = 3 * 3600  # of a server, which must outlive the runs against all servers
@@ -52,7 +53,14 @@ class Waits:
 
 def measure(dtype: str = "float32") -> Result:
     result = Result.here(
-        "tail_latency", shape=SHAPE, dtype=dtype, prompt=PROMPT, answer=ANSWER, rate=RATE, requests=REQUESTS * ROUNDS
+        "tail_latency",
+        shape=SHAPE,
+        dtype=dtype,
+        prompt=PROMPT,
+        answer=ANSWER,
+        load=LOAD,
+        requests=REQUESTS,
+        rounds=ROUNDS,
     )
     cases = [(chunk, way) for chunk in CHUNKS for way in WAYS]
     waits = {case: Waits() for case in cases}
@@ -70,16 +78,20 @@ def measure(dtype: str = "float32") -> Result:
             log = folder / f"{chunk}-{WAYS[way]}.log"
             servers[chunk, way] = stack.enter_context(serving(command, log, limit_s=LIMIT_S))
             Waits().ask(servers[chunk, way], folder, ROUNDS, WARM_UP, "inf")
+        most = Waits()
+        most.ask(servers[CHUNKS[len(CHUNKS) // 2], EVERY_ROW], folder, ROUNDS, SATURATING, "inf")
+        rate = round(LOAD * most.tokens_s[0] / ANSWER, 3)
         for seed in range(ROUNDS):
             for case, server in servers.items():
                 progress(f"chunks of {case[0]}, {case[1]}, round {seed + 1} of {ROUNDS}")
-                waits[case].ask(server, folder, seed, REQUESTS, str(RATE))
+                waits[case].ask(server, folder, seed, REQUESTS, str(rate))
     for (chunk, way), found in waits.items():
         for what, seconds in (("first token", found.first), ("between tokens", found.between)):
             of_hundred = statistics.quantiles(seconds, n=100)
             for percentile in PERCENTILES:
                 result.add(f"{what}, p{percentile}", "s", of_hundred[percentile - 1], chunk=chunk, way=way)
         result.add("answers", "1/s", found.tokens_s, chunk=chunk, way=way)
+        result.add("requests", "1/s", rate, chunk=chunk, way=way)
     return result
 
 

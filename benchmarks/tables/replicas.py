@@ -20,7 +20,8 @@ def note(result: Result) -> str:
     return (
         f"{settings['model']}, {settings['dtype']}, compiled, {settings['rows']:,} verses as prompts, answers of at "
         f"most {settings['tokens']} tokens; medians of {settings['rounds']} interleaved runs, from the first file of "
-        "answers on. All replicas share one machine. In one more run each, a replica was killed after that file."
+        "answers on. Replicas share the machine's cores evenly. In one more run each, a replica was killed after that "
+        "file."
     )
 
 

@@ -23,9 +23,9 @@ def note(result: Result) -> str:
     settings = result.settings
     return (
         f"As deep as the {settings['shape']} shape and {NARROW['hidden_size']} wide, float32, one request of "
-        f"{settings['context']} tokens, one thread; the fastest of {settings['repeats']} repeats of "
-        f"{settings['calls']} calls. Writes and attention include their native part; the lines that say vLLM's are "
-        "what the plugin would call if it did not keep the views of a cache."
+        f"{settings['context']} tokens, {settings['threads']} threads; the fastest of {settings['repeats']} repeats of "
+        f"{settings['calls']} calls. An operation contains the look-ups above it. Writes and attention include their "
+        "native part; the lines that say vLLM's are what the plugin would call if it did not keep the views of a cache."
     )
 
 

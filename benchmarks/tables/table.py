@@ -26,7 +26,7 @@ class Table:
     arguments: of that module, which choose this table.
     by_default: `python -m benchmarks` runs it.
     has_options: its module takes arguments, which --help after its name lists.
-    each_dtype: its module measures everything in each type, so `rows`, `note` and `draw` get one type's part.
+    each_dtype: its module measures everything in each type; `rows` and `draw` get one type's part, `note` the whole.
     draw: draws a result into a matplotlib figure.
     picture: its text for readers who do not see it.
     """

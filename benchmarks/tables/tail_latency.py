@@ -22,8 +22,9 @@ def rows(result: Result) -> Rows:
                     base = result.median(name, chunk=chunk, way=EVERY_ROW)
                     times = cell(over(here, base), ".2f", "x") if way == SKIPPING else ""
                     cells.append(f"{cell(over(here, 1e-3), ',.0f', ' ms')} {f'({times})' if times else ''}".strip())
-            lines.append([f"{chunk:,}", way, *cells, cell(result.median("answers", chunk=chunk, way=way), ".1f")])
-    header = ["tokens of a step", "rows"]
+            rate = cell(result.median("requests", chunk=chunk, way=way), ".2f")
+            lines.append([f"{chunk:,}", way, rate, *cells, cell(result.median("answers", chunk=chunk, way=way), ".1f")])
+    header = ["tokens of a step", "rows", "requests/s"]
     header += [f"{wait}, p{percentile}" for wait in WAITS for percentile in PERCENTILES]
     return [*header, "tokens of answers/s"], lines
 
@@ -32,8 +33,9 @@ def note(result: Result) -> str:
     settings = result.settings
     return (
         f"{settings['shape']} shape, random weights, {settings['dtype']}, compiled, by `vllm bench serve`: "
-        f"{settings['requests']} requests in three interleaved rounds, {settings['rate']} a second on average, prompts "
-        f"of {settings['prompt']:,} tokens, answers of {settings['answer']}. In brackets the ratio to every row."
+        f"{settings['rounds']} interleaved rounds of {settings['requests']} requests, at {settings['load']} times the "
+        f"rate that the server that runs every row can keep up. Prompts of {settings['prompt']:,} tokens, answers of "
+        f"{settings['answer']}. In brackets the ratio to every row."
     )
 
 

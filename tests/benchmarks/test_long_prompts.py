@@ -72,5 +72,6 @@ def test_the_table_on_a_tiny_shape(starts_vllm, nightly, monkeypatch):
     assert not result.runs("first token", model=LIKE_PAPER, tokens=100)
     held = [result.median("KV cache", tokens=tokens, model=LIKE_PAPER) for tokens in (100, 700)]
     assert held[1] == pytest.approx(7 * held[0], rel=0.5) and held[0] > 0
+    result.save()
     render.draw(result)
     assert render.picture(result).stat().st_size > 10_000

@@ -48,7 +48,7 @@ def test_a_minute_of_mixed_clients(name, starts_vllm, both_cores, nightly, tmp_p
     assert not report.sentences()
     assert set(report.sent) == set(soak_clients.KINDS)
     assert report.tokens.total() > 500
-    assert change.made > 2
+    assert change.made >= 2 if name in ("weights", "adapters") else change.made == 0
 
 
 @pytest.mark.parametrize("served", [[8, 9, 8], [8, 9], [], [8, 10, 8]], ids=["whole", "part", "nothing", "near tie"])
@@ -236,9 +236,9 @@ def test_while_weights_change_an_answer_may_be_of_either():
             return False
         return True
 
-    with models.asked(draw) as before, models.replaced_by(new), models.asked(draw) as meanwhile:
-        for ticket in (before, meanwhile):
-            assert right(ticket, 8) and right(ticket, 9) and not right(ticket, 7)
+    with models.asked(draw) as before, models.replaced_by(new):
+        assert models.coming is new
+        assert right(before, 8) and right(before, 9) and not right(before, 7)
     with models.asked(draw) as after:
         assert right(after, 9) and not right(after, 8)
     assert not models.under_way

@@ -1,5 +1,6 @@
 """With VLLM_BATCH_INVARIANT on a CPU, what a request is told does not depend on its company, in a single bit."""
 
+import math
 from itertools import takewhile
 
 import pytest
@@ -121,7 +122,7 @@ def test_no_bit_depends_on_company_on_other_runners(kind, engine_process, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("engine_process", ["v2", "two-ranks"], indirect=True)
-def test_without_it_bits_depend_on_company_on_other_runners_too(dtype, engine_process, tmp_path):
+def test_without_it_other_runners_differ_by_no_more_than_the_page_says(dtype, engine_process, tmp_path):
     make, sizes = MODELS["dense"]
     tiny.model(make(**sizes)).save_pretrained(tmp_path)
     probe = {"prompt": tiny.prompt(133), "sampling": {"logprobs": 0, "prompt_logprobs": 0}}
@@ -129,7 +130,9 @@ def test_without_it_bits_depend_on_company_on_other_runners_too(dtype, engine_pr
     alone, among = engine_process.run(tmp_path, [[probe], [*others[:2], probe, others[2]]], dtype=dtype)
     rows = zip(alone.outputs[0].outputs[0].logprobs, among.outputs[2].outputs[0].logprobs, strict=True)
     same = takewhile(lambda pair: pair[0].keys() == pair[1].keys(), rows)  # another token goes on with another text
-    difference = max(abs(one[token].logprob - other[token].logprob) for one, other in same for token in one)
+    difference = max(
+        (abs(one[token].logprob - other[token].logprob) for one, other in same for token in one), default=math.inf
+    )
     print(dtype, difference)
     assert difference < (1e-4 if dtype == "float32" else 0.2)
 
