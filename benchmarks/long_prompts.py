@@ -30,7 +30,7 @@ class Racers:
     def __init__(self, dtype: str, prompts: dict[int, int]) -> None:
         sizes = dataclasses.replace(SMALL, dtype=dtype, prompts=prompts, batches=(1,), together=0)
         settings: dict[str, Any] = dict(dtype=dtype, max_num_seqs=1, enforce_eager=True)
-        settings |= dict(max_model_len=max(prompts) + MARGIN)
+        settings |= dict(max_model_len=max(prompts) + MARGIN // 2)  # pools end with whole blocks
         self.engines: dict[str, LLM] = {}
         for name, (cfg, more) in peers(sizes).items():
             if name != UNPACKED:  # it computes the same
@@ -87,7 +87,8 @@ def add_longest(result: Result, dtype: str, tokens: int, first: int) -> None:
     """One prompt of YOCO-U alone, after a short one."""
     sizes = dataclasses.replace(SMALL, dtype=dtype, prompts={tokens: 1}, batches=(1,), together=0)
     cfg = config(sizes.shape, **sizes.changed, max_position_embeddings=tokens + MARGIN)
-    settings: dict[str, Any] = dict(dtype=dtype, max_num_seqs=1, enforce_eager=True, max_model_len=tokens + MARGIN)
+    settings: dict[str, Any] = dict(dtype=dtype, max_num_seqs=1, enforce_eager=True)
+    settings |= dict(max_model_len=tokens + MARGIN // 2)
     llm = start(cfg, **settings | our_pool(sizes))
     first_token_s(llm, first)
     progress(f"{OURS}, {tokens} tokens, {dtype}")

@@ -134,4 +134,4 @@ def test_a_rehearsal(starts_vllm, nightly, both_cores, tmp_path):
         timeout=3600,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert ended.stdout.count("\nholds ") == 6 and "| 200 | YOCO-U |" in ended.stdout
+    assert ended.stdout.count("\nholds ") == 7 and "| 200 | YOCO-U |" in ended.stdout

@@ -1,6 +1,5 @@
 """The benchmarks on tiny shapes: that they run, and that what they print follows from what they measured."""
 
-import gc
 import json
 import re
 import shutil
@@ -11,7 +10,6 @@ import pytest
 import torch
 from harness.checkout import TRAINED
 from harness.llamas import save_material, upcycle
-from vllm.distributed import cleanup_dist_env_and_memory
 
 from benchmarks import render, results
 from benchmarks.results import Result
@@ -24,14 +22,6 @@ def folder(tmp_path, monkeypatch):
     """Where results are kept, instead of the repository's."""
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
     return tmp_path / "results"
-
-
-@pytest.fixture
-def starts_vllm(starts_vllm):
-    """A table's engines are gone when it ends: one that is collected later takes the groups of the next one with it."""
-    yield
-    gc.collect()
-    cleanup_dist_env_and_memory()
 
 
 def rows(text: str) -> list[list[str]]:
