@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -48,7 +47,7 @@ TEXT = CHECKPOINT.parent / "evaluation" / "kjv_last_word.jsonl"
 # ones; the clients keep twelve in flight.
 SETTINGS = f"--dtype float32 --max-model-len {CONTEXT} --max-num-seqs 16 --host 127.0.0.1"
 SETTINGS += ' --additional-config {"yocou":{"max_global_block":96}}'
-CLIENTS = 12
+CLIENTS, CHUNK = 12, 64
 
 # Around the window of 64 tokens and the global block of 96; the last two end at the context's limit.
 LENGTHS = (1, 2, 63, 65, 96, 200, 289, 700, 1400, CONTEXT - 8, CONTEXT - 1)
@@ -56,7 +55,7 @@ IDLE_S = 30
 
 
 def command(change: Nothing) -> list[str]:
-    sizes = f"--kv-cache-memory-bytes {change.kv_cache} --max-num-batched-tokens {change.chunk}"
+    sizes = f"--kv-cache-memory-bytes {change.kv_cache} --max-num-batched-tokens {CHUNK}"
     return [VLLM, "serve", str(CHECKPOINT), *SETTINGS.split(), *sizes.split(), *change.settings()]
 
 
@@ -75,7 +74,7 @@ async def load(clients: list[Client], change: Nothing, seconds: float) -> None:
 async def warm_up(server: Server, text: list[int]) -> None:
     """Run steps of every number of rows in both decoders: a CPU's matrix products keep code for every shape."""
     async with session() as http:
-        for rows in range(1, 65):
+        for rows in range(1, CHUNK + 1):
             body = dict(model=server.model, prompt=text[rows : 2 * rows], max_tokens=1, prompt_logprobs=0)
             async with http.post(f"{server.url}/v1/completions", json=body) as response:
                 await response.read()
@@ -114,14 +113,13 @@ def prompts() -> Iterator[list[int]]:
         yield text[start : start + length]
 
 
-def pool(reference: Reference, skipped: tuple[int, ...]) -> list[Expected]:
-    sent = (prompt for prompt in prompts() if len(prompt) not in skipped)
-    return [reference.expect(prompt, min(TOKENS, CONTEXT - len(prompt))) for prompt in sent]
+def pool(reference: Reference) -> list[Expected]:
+    return [reference.expect(prompt, min(TOKENS, CONTEXT - len(prompt))) for prompt in prompts()]
 
 
 def soak(server: Server, change: Nothing, seconds: float, seed: int) -> Report:
     report = Report()
-    models = change.models(server, partial(pool, skipped=change.skipped))
+    models = change.models(server, pool)
     clients = [Client(server, models, report, f"{seed}/{number}") for number in range(CLIENTS)]
     try:
         start = idle_usage(server)

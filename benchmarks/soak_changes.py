@@ -37,9 +37,7 @@ class Nothing:
     name: ClassVar[str] = "nothing"
     environment: ClassVar[dict[str, str]] = {}
     kv_cache: ClassVar[str] = "3M"
-    chunk: ClassVar[int] = 64
     preempts: ClassVar[bool] = True  # the cache is too small for the clients
-    skipped: ClassVar[tuple[int, ...]] = ()  # prompts of these lengths are not sent
 
     def __init__(self, reference: Reference, folder: Path):
         self.reference, self.folder = reference, folder
@@ -70,30 +68,6 @@ class Nothing:
 
     async def change(self, session: aiohttp.ClientSession) -> None:
         pass
-
-
-class Connector(Nothing):
-    """vLLM's example of a connector saves every prompt and loads it again.
-
-    It wants whole prompts. By its code, it counts the tokens of a prompt of one token more than whole blocks wrongly,
-    and looks for files of requests that were preempted after they had grown. Such requests are not sent.
-    """
-
-    name = "nothing, a KV connector"
-    kv_cache = "192M"
-    chunk = 2048
-    preempts = False
-    skipped = (1, 65, 289)
-
-    def settings(self) -> list[str]:
-        extra = {"shared_storage_path": str(self.folder / "prompts")}
-        connector = dict(kv_connector="ExampleConnector", kv_role="kv_both", kv_connector_extra_config=extra)
-        return [
-            "--no-enable-chunked-prefill",
-            "--no-enable-prefix-caching",
-            "--kv-transfer-config",
-            json.dumps(connector),
-        ]
 
 
 class Weights(Nothing):
@@ -193,4 +167,4 @@ class Adapters(Nothing):
         self.made += 1
 
 
-CHANGES = {kind.name: kind for kind in (Nothing, Weights, Adapters, Connector)}
+CHANGES = {kind.name: kind for kind in (Nothing, Weights, Adapters)}

@@ -15,6 +15,7 @@ from harness import offloading, tiny
 from harness.engines import generate, kv_cache_config
 from harness.offloading import MULTI, NATIVE, SIMPLE
 from harness.oracle import agrees
+from vllm import envs
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -63,6 +64,17 @@ def settings(connector: str, ranks: int = 1, chunked: bool = True, **transfer) -
 )
 def test_connectors_that_cannot_be_right_are_refused(asked, sentence):
     with pytest.raises(ValueError, match=rf"^the KV connector {sentence}.*, \S.*\.$"):
+        check_connectors(asked)
+
+
+def test_a_server_on_a_cpu_cannot_use_the_example_of_a_connector(monkeypatch):
+    """Its worker is a process of its own, where the connector would take 128 tokens for a block of any size."""
+    asked = settings("ExampleConnector")
+    asked.scheduler_config.enable_chunked_prefill = False
+    check_connectors(asked)
+    envs.disable_envs_cache()
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with pytest.raises(ValueError, match="ExampleConnector cannot be used by workers that are processes of their own"):
         check_connectors(asked)
 
 

@@ -61,6 +61,7 @@ def parts(chosen: "KVTransferConfig") -> "Iterator[KVTransferConfig]":
 
 def why_refused(connector: "KVTransferConfig", vllm_config: "VllmConfig") -> str | None:
     """The end of a sentence: with what it cannot be used, why, and what to do. None if it is not refused."""
+    from vllm import envs
     from vllm.platforms import current_platform
 
     name, extra = connector.kv_connector, connector.kv_connector_extra_config
@@ -71,6 +72,13 @@ def why_refused(connector: "KVTransferConfig", vllm_config: "VllmConfig") -> str
         return "on a CPU: it copies between a GPU and other memory, leave it out"
     if name == "ExampleConnector" and vllm_config.scheduler_config.enable_chunked_prefill:
         return "with prompts in chunks: it saves a prompt in its first step, use --no-enable-chunked-prefill"
+    several = vllm_config.parallel_config.tensor_parallel_size > 1
+    own_process = several or (current_platform.is_cpu() and envs.VLLM_ENABLE_V1_MULTIPROCESSING)
+    if name == "ExampleConnector" and own_process:
+        return (
+            "by workers that are processes of their own: vLLM does not tell them the block size of the caches, use it "
+            "offline with VLLM_ENABLE_V1_MULTIPROCESSING=0"
+        )
     return _why_refused_of_nixl(connector, vllm_config) if name in NIXL else None
 
 
