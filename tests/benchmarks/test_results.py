@@ -233,7 +233,7 @@ def test_results_are_kept_under_their_own_names():
 
 TIMES = {"s", "ms", "us", "1/s"}
 SIZES = {"bytes", "MiB", "bytes/us"}
-COUNTS = {"tokens", "rows", "groups", "texts", "requests", "preemptions"}
+COUNTS = {"tokens", "rows", "groups", "texts", "requests", "preemptions", "calls", "changes"}
 UNITS = TIMES | SIZES | COUNTS | {"nats", "x"}
 # Perplexities, scores and shares, and how many log probabilities were compared.
 PURE = {"held-out perplexity", "score", *SCORES, "share", "Python and dispatch, share", COMPARED}
