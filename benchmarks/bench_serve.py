@@ -8,12 +8,14 @@ import subprocess
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from benchmarks.console import progress, publish
 from benchmarks.precision import in_each_dtype
 from benchmarks.results import Result
 from benchmarks.server import VLLM, Server, serving, user_environment
 from benchmarks.tables.comparisons import FIGURES
+from vllm_yocou.config import YocoUConfig
 
 SHAPE, ROUNDS = "57M", 2
 LIMIT_S = 3600  # of a server, which must outlive the runs against all servers
@@ -31,15 +33,28 @@ PREFIX, INPUT, OUTPUT, CONCURRENCY = 1024, 256, 32, 4
 PROMPTS, WARM_UP = 20, 4
 
 
-def figures(server: Server, folder: Path, seed: int, prompts: int) -> dict[str, float]:
-    mix = f"--dataset-name random --random-prefix-len {PREFIX} --random-input-len {INPUT} --random-output-len {OUTPUT}"
-    mix += f" --num-prompts {prompts} --max-concurrency {CONCURRENCY} --seed {seed} --ignore-eos"
+def tokenized(folder: Path, cfg: YocoUConfig) -> Path:
+    """A checkpoint without weights that has a tokenizer."""
+    shutil.copytree(TOKENIZER, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    cfg.save_pretrained(folder)
+    return folder
+
+
+def asked(server: Server, folder: Path, requests: int, mix: str, timeout_s: float = 600) -> dict[str, Any]:
+    """What `vllm bench serve` finds with so many requests of a mix, with the figures of each request."""
     command = [VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.url, "--model", server.model]
-    command += ["--tokenizer", str(TOKENIZER), *mix.split()]
-    command += ["--save-result", "--result-dir", str(folder), "--result-filename", "result.json"]
-    subprocess.run(command, env=user_environment(), check=True, capture_output=True, timeout=600)
+    command += ["--tokenizer", str(TOKENIZER), "--dataset-name", "random", "--ignore-eos", *mix.split()]
+    command += ["--num-prompts", str(requests), "--save-result", "--save-detailed"]
+    command += ["--result-dir", str(folder), "--result-filename", "result.json"]
+    subprocess.run(command, env=user_environment(), check=True, capture_output=True, timeout=timeout_s)
     result = json.loads((folder / "result.json").read_text())
-    assert result["completed"] == prompts
+    assert result["completed"] == requests
+    return result
+
+
+def figures(server: Server, folder: Path, seed: int, prompts: int) -> dict[str, float]:
+    mix = f"--random-prefix-len {PREFIX} --random-input-len {INPUT} --random-output-len {OUTPUT}"
+    result = asked(server, folder, prompts, f"{mix} --max-concurrency {CONCURRENCY} --seed {seed}")
     return {name: result[key] for name, (key, _) in FIGURES.items()}
 
 
@@ -51,9 +66,7 @@ def measure(dtype: str = "float32") -> Result:
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        checkpoint = folder / "checkpoint"
-        shutil.copytree(TOKENIZER, checkpoint, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-        cfg.save_pretrained(checkpoint)
+        checkpoint = tokenized(folder / "checkpoint", cfg)
         command = [VLLM, "serve", str(checkpoint), "--dtype", dtype, *SETTINGS.split()]
         # All servers are up at once; one without requests takes no time from the others.
         servers = {

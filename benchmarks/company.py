@@ -71,14 +71,12 @@ def start_engine(engine: Engine, **settings: Any) -> LLM:
     common: dict[str, Any] = dict(max_model_len=2 * PROMPT, max_num_batched_tokens=2 * PROMPT, max_num_seqs=OTHERS + 1)
     common |= dict(enforce_eager=not engine.compiled, kv_cache_memory_bytes=1 << 30, enable_prefix_caching=True)
     common |= dict(load_format="auto")
+    folder = Path(tempfile.mkdtemp(prefix="yocou-bench-"))
     if engine.model == TRAINED_MODEL:
-        cfg, folder = (
-            YocoUConfig.from_pretrained(TRAINED, max_position_embeddings=4 * PROMPT),
-            Path(tempfile.mkdtemp(prefix="yocou-bench-")),
-        )
+        cfg = YocoUConfig.from_pretrained(TRAINED, max_position_embeddings=4 * PROMPT)
         shutil.copy(TRAINED / "model.safetensors", folder)
     else:
-        cfg, folder = config("57M", **engine.changed), Path(tempfile.mkdtemp(prefix="yocou-bench-"))
+        cfg = config("57M", **engine.changed)
         random_weights(cfg, torch.float32, folder)
     try:
         return start(cfg, str(folder), dtype=engine.dtype, **common | settings)

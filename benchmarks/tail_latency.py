@@ -3,19 +3,17 @@
 from benchmarks.engine import config
 
 import json
-import shutil
 import statistics
-import subprocess
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.bench_serve import TOKENIZER
+from benchmarks.bench_serve import asked, tokenized
 from benchmarks.console import progress, publish
 from benchmarks.precision import in_each_dtype
 from benchmarks.results import Result
-from benchmarks.server import VLLM, Server, serving, user_environment
+from benchmarks.server import VLLM, Server, serving
 from benchmarks.tables.tail_latency import EVERY_ROW, PERCENTILES, WAYS
 
 SHAPE = "57M"
@@ -38,14 +36,8 @@ class Waits:
     tokens_s: list[float] = field(default_factory=list)
 
     def ask(self, server: Server, folder: Path, seed: int, requests: int, rate: str) -> None:
-        mix = f"--dataset-name random --random-input-len {PROMPT} --random-output-len {ANSWER} --ignore-eos"
-        mix += f" --num-prompts {requests} --request-rate {rate} --seed {seed}"
-        command = [VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.url, "--model", server.model]
-        command += ["--tokenizer", str(TOKENIZER), *mix.split()]
-        command += ["--save-result", "--save-detailed", "--result-dir", str(folder), "--result-filename", "result.json"]
-        subprocess.run(command, env=user_environment(), check=True, capture_output=True, timeout=1800)
-        found = json.loads((folder / "result.json").read_text())
-        assert found["completed"] == requests
+        mix = f"--random-input-len {PROMPT} --random-output-len {ANSWER} --request-rate {rate} --seed {seed}"
+        found = asked(server, folder, requests, mix, timeout_s=1800)
         self.first += found["ttfts"]
         self.between += [seconds for request in found["itls"] for seconds in request]
         self.tokens_s.append(found["output_throughput"])
@@ -66,9 +58,7 @@ def measure(dtype: str = "float32") -> Result:
     waits = {case: Waits() for case in cases}
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        checkpoint = folder / "checkpoint"
-        shutil.copytree(TOKENIZER, checkpoint, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-        config(SHAPE).save_pretrained(checkpoint)
+        checkpoint = tokenized(folder / "checkpoint", config(SHAPE))
         servers = {}
         for chunk, way in cases:
             progress(f"starting: chunks of {chunk}, {way}")
