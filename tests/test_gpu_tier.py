@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -78,11 +79,21 @@ def test_vllm_finds_the_plugin_of_this_tree_without_an_installed_one(tmp_path, m
         "print([point.load().__module__ for point in entry_points(group='vllm.general_plugins')])\n"
         "print(find_spec('vllm_yocou.kernels').origin)"
     )
-    # Without the packages of this environment, among which the plugin is installed.
+    # Without the packages of this environment, among which the plugin is installed; the tier works in this tree.
     command = [sys.executable, "-S", "-c", program]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ))
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ))
     plugins, kernels = found.stdout.splitlines()
     assert plugins == "['vllm_yocou.registration']" and Path(kernels).resolve() == ROOT / "kernels" / "__init__.py"
+
+
+@pytest.mark.slow
+def test_pytest_finds_the_kernels_without_an_installed_plugin(tmp_path, monkeypatch):
+    """This environment's packages come by path alone, so that nothing says where an editable installation is."""
+    monkeypatch.setenv("PYTHONPATH", sysconfig.get_path("purelib"))
+    tier.announce_plugin(tmp_path)
+    command = [sys.executable, "-S", *parts.PYTEST[1:], "--collect-only", "tests/kernels/test_global_write.py"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ))
+    assert found.returncode == 0 and "collected" in found.stdout, found.stdout
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 2])

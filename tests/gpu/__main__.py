@@ -28,7 +28,8 @@ from vllm_yocou.cli import environment
 def announce_plugin(folder: Path) -> None:
     """Let vLLM find this tree's plugin in all processes that follow, whether or not one is installed.
 
-    As an installation does, it puts kernels/ into the package.
+    As an installation does, it puts kernels/ into the package. Python would look into the working directory first, where
+    the package has none: PYTHONSAFEPATH leaves that out.
     """
     (points,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"].items()
     group, names = points
@@ -45,6 +46,7 @@ def announce_plugin(folder: Path) -> None:
         link.symlink_to(part)
     paths = [str(folder), str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    os.environ["PYTHONSAFEPATH"] = "1"
 
 
 def usable_gpus() -> int:
