@@ -40,11 +40,14 @@ def interpreted():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Memory that a kernel's launcher asks for holds NaN, so that what no program writes cannot pass for a result."""
+    """Memory that a kernel's launcher asks for holds NaN, so that what no program writes cannot pass for a result.
+
+    The default device is named: once torch.empty is another function, torch does not know it as one that makes tensors.
+    """
     empty = torch.empty
 
     def poisoned(*size, **settings):
-        tensor = empty(*size, **settings)
+        tensor = empty(*size, **{"device": torch.get_default_device()} | settings)
         return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.numel() <= MOST_POISONED else tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
