@@ -22,6 +22,9 @@ INTERPRETED = {"TRITON_INTERPRET": "1"}
 LONG_S = 30 * 60  # of a part that only `make gpu-all` asks
 KERNELS_S, CHECK_S, SPEED_S = 120, 150, 180  # of a part of `make gpu`
 
+# What of tests/gpu/test_sleep.py runs in a process of its own.
+SLEEPING = ("dense", "kernels", "tied", "mixture", "eager", "before_the_first_request")
+
 PIECEWISE = ("--compilation-config", json.dumps({"cudagraph_mode": "PIECEWISE"}))
 EAGER = ("--enforce-eager",)
 KERNELS = ("--additional-config", json.dumps({"yocou": {"kernels": True}}))
@@ -84,7 +87,11 @@ def more(gpus: int, folder: Path) -> Iterator[Part]:
     yield check("the authors' switches", of_production, "FULL_AND_PIECEWISE" if gpus else "NONE", exact)
     company = (*PYTEST, "-s", "tests/gpu/test_batch_invariance.py")
     if gpus:
-        yield Part("engines that a CPU has none of", (*PYTEST, "tests/gpu"), LONG_S, {}, of_pytest)
+        apart = ("--ignore=tests/gpu/test_batch_invariance.py", "--ignore=tests/gpu/test_sleep.py")
+        yield Part("engines that a CPU has none of", (*PYTEST, *apart, "tests/gpu"), LONG_S, {}, of_pytest)
+        for kind in SLEEPING:
+            yield Part(f"sleep, {kind}", (*PYTEST, "-k", kind, "tests/gpu/test_sleep.py"), LONG_S, {}, of_pytest)
+        yield Part("company", company, LONG_S, {}, of_pytest)
         yield Part("batch invariance", company, LONG_S, {"VLLM_BATCH_INVARIANT": "1"}, of_pytest)
         breaking = {"VLLM_BATCH_INVARIANT": "1", "VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}
         yield check("batch invariance in breakable graphs", FLASH, "FULL_AND_PIECEWISE", breaking)

@@ -2,7 +2,8 @@
 
 Level 1 keeps the weights on the host. Level 2 drops them, and they are loaded again, as RL trainers do; vLLM saves
 buffers, of which the table of RoPE is one. That a model has no other tensors to lose is shown without a GPU, by
-tests/serving/test_weight_update.py.
+tests/serving/test_weight_update.py. vLLM's allocator takes one engine with sleep mode a process, so `make gpu-all` gives
+each of these tests a process of its own.
 """
 
 import pytest
@@ -18,8 +19,8 @@ KERNELS = {"yocou": {"kernels": True}}
 KINDS = {
     "dense": (tiny.config(**VARIANT), dict(attention_backend="TRITON_ATTN")),
     "kernels": (tiny.config(**VARIANT), dict(attention_backend="TRITON_ATTN", additional_config=KERNELS)),
-    "tied, bfloat16": (tiny.config(tie_word_embeddings=True), dict(dtype="bfloat16", attention_backend="FLASH_ATTN")),
-    "mixture, bfloat16": (tiny.moe_config(), dict(dtype="bfloat16", attention_backend="FLASH_ATTN")),
+    "tied": (tiny.config(tie_word_embeddings=True), dict(dtype="bfloat16", attention_backend="FLASH_ATTN")),
+    "mixture": (tiny.moe_config(), dict(dtype="bfloat16", attention_backend="FLASH_ATTN")),
     "eager": (tiny.config(**VARIANT), dict(attention_backend="TRITON_ATTN", enforce_eager=True)),
 }
 DEVIATION = {"float32": 1e-3, "bfloat16": 0.1}
@@ -57,7 +58,7 @@ def test_what_wakes_up_answers_as_before(kind, engine, tmp_path):
         same(before, generate(llm, PROMPTS), DEVIATION[settings.get("dtype", "float32")])
 
 
-def test_sleep_before_the_first_request(engine, tmp_path):
+def test_before_the_first_request(engine, tmp_path):
     """The same model in an engine that never slept says what is right."""
     config, settings = KINDS["dense"]
     tiny.model(config).save_pretrained(tmp_path)
