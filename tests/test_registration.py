@@ -43,7 +43,7 @@ assert before == after
 assert not torch.cuda.is_initialized()
 ours = {name for name in sys.modules if name.startswith("vllm_yocou")}
 expected = {"registration", "architecture", "config", "config_keys", "options", "rope", "workarounds"}
-expected |= {"serving", "serving.batch_invariance", "serving.connectors", "serving.engine_settings"}
+expected |= {"serving", "serving.batch_invariance", "serving.chunk", "serving.connectors", "serving.engine_settings"}
 expected |= {"auto_classes"}
 expected |= {"seams", "seams.behaviour", "seams.check", "seams.seam", "seams.settings"}
 assert ours == {"vllm_yocou"} | {f"vllm_yocou.{name}" for name in expected}, ours

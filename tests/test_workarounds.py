@@ -12,6 +12,7 @@ import pytest
 import torch
 from harness import tiny
 from harness.checkout import needs_compiler
+from torch._inductor.fx_passes.pad_mm import pad_mm
 from vllm import _custom_ops
 from vllm.compilation.decorators import _try_load_aot_compiled_fn
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -24,6 +25,7 @@ from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLine
 from vllm.model_executor.layers.fused_moe import MoERunner, unquantized_fused_moe_method
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.router import fused_topk_router
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
 from vllm.utils import cpu_resource_utils
@@ -128,6 +130,29 @@ def test_widen_decode_scratch(tmp_path, monkeypatch):
 
     assert (width(TritonAttentionBackend) < 64) == faulty("widen_decode_scratch")
     assert width(row_selecting_backend(TritonAttentionBackend, False, False)) == 64
+
+
+def test_pack_router_scores(monkeypatch):
+    """Torch's compiler spaces out the rows of a product of 5 columns, and vLLM hands them to its kernel as they are."""
+    h_ND, gate_DE = torch.randn(4, 16), torch.randn(16, 5)
+    scores_NE = pad_mm(h_ND, gate_DE, 0, 0, 3)
+    torch.testing.assert_close(scores_NE, h_ND @ gate_DE)
+    assert scores_NE.stride() == (8, 1)
+    taken = []
+    take = lambda weights, ids, indices, scores, renormalize: taken.append(scores) or (weights, ids)  # noqa: E731
+    monkeypatch.setattr(fused_topk_router, "dispatch_topk_softmax_func", lambda **kwargs: take)
+    fused_topk_router.fused_topk(h_ND, scores_NE, 2, renormalize=True)
+    assert (not taken[0].is_contiguous()) == faulty("pack_router_scores")
+    for experts, padding in ((5, {"shape_padding": False}), (16, {}), (None, {})):
+        hf_config = tiny.config() if experts is None else tiny.moe_config(num_experts=experts)
+        settings = VllmConfig()
+        before = dict(settings.compilation_config.inductor_compile_config)
+        workarounds.pack_router_scores(
+            SimpleNamespace(
+                model_config=SimpleNamespace(hf_config=hf_config), compilation_config=settings.compilation_config
+            )
+        )
+        assert settings.compilation_config.inductor_compile_config == before | padding
 
 
 def test_refuse_expert_parallel():

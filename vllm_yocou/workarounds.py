@@ -32,6 +32,7 @@ FAULTY_IN = {
     "warn_of_seed": ("0.32", "0.33"),
     "check_cache_dtype": ("0.32",),
     "widen_decode_scratch": ("0.32", "0.33"),
+    "pack_router_scores": ("0.32", "0.33"),
     "refuse_expert_parallel": ("0.32", "0.33"),
     "exchange_rows_on_cpu": ("0.32", "0.33"),
     "refuse_int8_in_float32": ("0.32", "0.33"),
@@ -151,6 +152,19 @@ def widen_decode_scratch(builder: Any, head_size: int) -> None:
     scratch, width = getattr(builder, "softmax_segm_output", None), next_power_of_2(head_size)
     if scratch is not None and scratch.shape[-1] < width:
         builder.softmax_segm_output = scratch.new_empty(*scratch.shape[:-1], width)
+
+
+def pack_router_scores(vllm_config: "VllmConfig") -> None:
+    """Keep compiled code from spacing out the rows of the router's scores, which vLLM's top-k kernel on GPUs ignores.
+
+    Where the number of experts is no multiple of 8, torch's compiler may multiply by a wider matrix, if it measures
+    that to be faster, and hand on a view of the product. The kernel then reads other scores for all rows but the first
+    (vllm-project/vllm#56900). Seen on an H200 with 5 and 6 experts, in about every second start: log probabilities off
+    by up to 4.
+    """
+    config = vllm_config.model_config.hf_config
+    if config.is_moe and config.num_experts % 8:
+        vllm_config.compilation_config.inductor_compile_config["shape_padding"] = False
 
 
 def refuse_expert_parallel(vllm_config: "VllmConfig") -> None:

@@ -28,8 +28,8 @@ from vllm_yocou.cli import environment
 def announce_plugin(folder: Path) -> None:
     """Let vLLM find this tree's plugin in all processes that follow, whether or not one is installed.
 
-    As an installation does, it puts kernels/ into the package. Python would look into the working directory first, where
-    the package has none: PYTHONSAFEPATH leaves that out.
+    As an installation does, it puts kernels/ into the package. Python would look into the working directory first,
+    where the package has none: PYTHONSAFEPATH leaves that out.
     """
     (points,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"].items()
     group, names = points

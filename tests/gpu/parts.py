@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks import render
-from benchmarks.results import Result
+from benchmarks.results import ROOT, Result
 from gpu.part import Part, Verdict, last_line
 
 LIMIT_S = 8 * 60  # of all parts of `make gpu`
@@ -22,8 +22,11 @@ INTERPRETED = {"TRITON_INTERPRET": "1"}
 LONG_S = 30 * 60  # of a part that only `make gpu-all` asks
 KERNELS_S, CHECK_S, SPEED_S = 120, 150, 180  # of a part of `make gpu`
 
-# What of tests/gpu/test_sleep.py runs in a process of its own.
-SLEEPING = ("dense", "kernels", "tied", "mixture", "eager", "before_the_first_request")
+# Tests of tests/gpu that run in processes of their own, by file and by what `pytest -k` takes.
+APART = {
+    "test_sleep.py": ("dense", "kernels", "tied", "mixture", "eager", "before_the_first_request"),
+    "test_offloading.py": ("native", "simple-FLASH_ATTN", "simple-TRITON_ATTN"),
+}
 
 PIECEWISE = ("--compilation-config", json.dumps({"cudagraph_mode": "PIECEWISE"}))
 EAGER = ("--enforce-eager",)
@@ -87,14 +90,18 @@ def more(gpus: int, folder: Path) -> Iterator[Part]:
     yield check("the authors' switches", of_production, "FULL_AND_PIECEWISE" if gpus else "NONE", exact)
     company = (*PYTEST, "-s", "tests/gpu/test_batch_invariance.py")
     if gpus:
-        apart = ("--ignore=tests/gpu/test_batch_invariance.py", "--ignore=tests/gpu/test_sleep.py")
+        apart = [f"--ignore=tests/gpu/{file}" for file in (*APART, "test_batch_invariance.py")]
         yield Part("engines that a CPU has none of", (*PYTEST, *apart, "tests/gpu"), LONG_S, {}, of_pytest)
-        for kind in SLEEPING:
-            yield Part(f"sleep, {kind}", (*PYTEST, "-k", kind, "tests/gpu/test_sleep.py"), LONG_S, {}, of_pytest)
+        for file, cases in APART.items():
+            for case in cases:
+                command = (*PYTEST, "-k", case, f"tests/gpu/{file}")
+                yield Part(f"{file.removesuffix('.py')}, {case}", command, LONG_S, {}, of_pytest)
         yield Part("company", company, LONG_S, {}, of_pytest)
         yield Part("batch invariance", company, LONG_S, {"VLLM_BATCH_INVARIANT": "1"}, of_pytest)
         breaking = {"VLLM_BATCH_INVARIANT": "1", "VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}
-        yield check("batch invariance in breakable graphs", FLASH, "FULL_AND_PIECEWISE", breaking)
+        # One model, since vLLM does not break the graphs of a second engine in the same process.
+        settings = ("--dtype", "bfloat16", str(ROOT / "examples" / "yoco-u-kjv"))
+        yield check("batch invariance in breakable graphs", settings, "FULL_AND_PIECEWISE", breaking)
     else:
         yield Part("engines that a CPU has none of", why_not="it needs a GPU")
         fixed = {"VLLM_BATCH_INVARIANT": "1"}

@@ -1,4 +1,7 @@
-"""vLLM's offloading connectors copy blocks that caches share from a GPU to the host and back."""
+"""vLLM's offloading connectors copy blocks that caches share from a GPU to the host and back.
+
+A second engine with the simple connector cannot pin its memory in the same process, so `make gpu-all` starts others.
+"""
 
 import pytest
 import torch

@@ -2,8 +2,8 @@
 
 Level 1 keeps the weights on the host. Level 2 drops them, and they are loaded again, as RL trainers do; vLLM saves
 buffers, of which the table of RoPE is one. That a model has no other tensors to lose is shown without a GPU, by
-tests/serving/test_weight_update.py. vLLM's allocator takes one engine with sleep mode a process, so `make gpu-all` gives
-each of these tests a process of its own.
+tests/serving/test_weight_update.py. vLLM's allocator takes one engine with sleep mode a process, so `make gpu-all`
+gives each of these tests a process of its own.
 """
 
 import pytest

@@ -133,6 +133,18 @@ def test_vllms_next_backend_is_taken(accepting, taken, selected, cuda, monkeypat
     assert selected(accepting=accepting) == taken
 
 
+def test_flash_attention_is_passed_over_for_invariant_batches(selected, cuda, monkeypatch):
+    """Of FlashAttention 3 with one split, rows in a window moved with the edges of chunks, on a GPU."""
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
+    monkeypatch.setattr(current_platform, "get_device_capability", lambda: DeviceCapability(9, 0))
+    monkeypatch.setitem(vars(module.envs), "VLLM_BATCH_INVARIANT", True)
+    assert selected(accepting=("FLASH_ATTN", "TRITON_ATTN")) == "TRITON_ATTN"
+    with pytest.raises(ValueError, match=r"FLASH_ATTN cannot be used with VLLM_BATCH_INVARIANT=1: .* TRITON_ATTN"):
+        selected(accepting=("FLASH_ATTN", "TRITON_ATTN"), backend=AttentionBackendEnum.FLASH_ATTN)
+    with pytest.raises(ValueError, match="FLASH_ATTN cannot be used with VLLM_BATCH_INVARIANT=1"):
+        selected(accepting=("FLASH_ATTN",))
+
+
 def test_pages_of_a_fixed_size_are_passed_over(selected, monkeypatch):
     """As FlashAttention 4's kernel for heads of 256 wants them: packing makes the global page a multiple."""
     flash = AttentionBackendEnum.FLASH_ATTN.get_class()

@@ -1,8 +1,10 @@
 """Settings that cannot be right with YOCO-U are refused in one sentence before an engine starts."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 from harness import tiny
 from harness.checkout import needs_compiler
 from torch._inductor import config as inductor
@@ -12,7 +14,8 @@ from vllm.usage.usage_lib import UsageContext
 
 from vllm_yocou.rows import v1_runner
 from vllm_yocou.serving.capacity import CHUNK_ON_CPU, CHUNK_ON_GPU
-from vllm_yocou.serving.engine_settings import NAMELESS, check_speculation, choose_clamping_experts, longest_chunk
+from vllm_yocou.serving.chunk import longest_chunk
+from vllm_yocou.serving.engine_settings import NAMELESS, check_lora, check_speculation, choose_clamping_experts
 
 REFUSED = [
     (dict(enable_return_routed_experts=True), "--enable-return-routed-experts cannot be used with YOCO-U"),
@@ -176,6 +179,20 @@ def test_experts_that_clamp_take_triton_on_a_gpu(limit, quantized, chosen, expec
     monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cuda=lambda: True))
     choose_clamping_experts(settings)
     assert settings.kernel_config.moe_backend == expected
+
+
+@pytest.mark.parametrize(
+    "dtype, cpu, refused", [("float32", False, True), ("bfloat16", False, False), ("float32", True, False)]
+)
+def test_adapters_in_float32_are_refused_on_a_gpu(dtype, cpu, refused, monkeypatch):
+    settings = SimpleNamespace(model_config=SimpleNamespace(dtype=getattr(torch, dtype)), lora_config=object())
+    monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cpu=lambda: cpu))
+    with (
+        pytest.raises(ValueError, match="--enable-lora cannot be used in float32 on a GPU")
+        if refused
+        else nullcontext()
+    ):
+        check_lora(settings)
 
 
 def test_what_experts_allow(tmp_path):

@@ -17,8 +17,10 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 from vllm_yocou.options import Options
 from vllm_yocou.seams.check import check_all, check_packing
 from vllm_yocou.serving.batch_invariance import check_batch_invariance, choose_worker
+from vllm_yocou.serving.chunk import choose_chunk
 from vllm_yocou.serving.connectors import check_connectors, check_offloading
 from vllm_yocou.workarounds import (
+    pack_router_scores,
     refuse_engines_without_memory_node,
     refuse_expert_parallel,
     refuse_fp8_by_a_given_scale,
@@ -136,6 +138,18 @@ def check_experts_on_cpu(vllm_config: "VllmConfig") -> None:
         raise ValueError(
             "--enable-lora cannot be used with a mixture of experts on a CPU: vLLM computes experts with adapters in "
             "Triton, merge the adapter into the weights."
+        )
+
+
+def check_lora(vllm_config: "VllmConfig") -> None:
+    import torch
+    from vllm.platforms import current_platform
+
+    single = vllm_config.model_config.dtype == torch.float32
+    if vllm_config.lora_config is not None and single and not current_platform.is_cpu():
+        raise ValueError(
+            "--enable-lora cannot be used in float32 on a GPU: vLLM's kernels for adapters take 16 bits, use "
+            "--dtype bfloat16."
         )
 
 
@@ -290,52 +304,6 @@ def _missing_compiler() -> str | None:
     return None
 
 
-def choose_chunk(vllm_config: "VllmConfig") -> None:
-    """Lower vLLM's default of `max_num_batched_tokens`; a user's own value stays, unless it is that default.
-
-    vLLM has filled in its default by now and does not say so: a value counts as one if it is what vLLM would have
-    chosen. That is announced, together with the option that keeps it.
-    """
-    scheduler = vllm_config.scheduler_config
-    decoded = scheduler.max_num_seqs * (1 + vllm_config.num_speculative_tokens)
-    chosen, lowered = scheduler.max_num_batched_tokens, longest_chunk(decoded)
-    keep = not Options.of(vllm_config.additional_config).lower_chunk
-    if keep or not scheduler.enable_chunked_prefill or chosen <= lowered or chosen not in _default_chunks(vllm_config):
-        return
-    scheduler.max_num_batched_tokens = lowered
-    logger.info(
-        "max_num_batched_tokens is %d for YOCO-U instead of vLLM's default %d: its window caches hold every token in "
-        "flight. Other values are kept; so is this one with vllm-yocou's option lower_chunk set to false.",
-        lowered,
-        chosen,
-    )
-
-
-def longest_chunk(decoded: int) -> int:
-    """Tokens a step that are enough for the device, and have room for `decoded` ones with their drafts.
-
-    On a GPU half of a chunk is left to prompts.
-    """
-    from vllm.platforms import current_platform
-
-    from vllm_yocou.serving.capacity import CHUNK_ON_CPU, CHUNK_ON_GPU  # what registers the plugin needs neither
-
-    return max(CHUNK_ON_CPU, decoded) if current_platform.is_cpu() else max(CHUNK_ON_GPU, 2 * decoded)
-
-
-def _default_chunks(vllm_config: "VllmConfig") -> set[int]:
-    """What vLLM makes of an unset `max_num_batched_tokens`, offline and online."""
-    from vllm.config import SchedulerConfig
-    from vllm.engine.arg_utils import EngineArgs
-
-    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
-    by_usage, _ = EngineArgs.get_batch_defaults(parallel.pipeline_parallel_size * parallel.tensor_parallel_size)
-    factor = 2 if vllm_config.performance_mode == "throughput" else 1
-    longest = scheduler.max_num_seqs * vllm_config.model_config.max_model_len
-    defaults = {*by_usage.values(), SchedulerConfig.DEFAULT_MAX_NUM_BATCHED_TOKENS}
-    return {min(factor * default, longest) for default in defaults}
-
-
 def expose_metrics(vllm_config: "VllmConfig") -> None:
     from vllm_yocou.rows import metrics
 
@@ -360,6 +328,7 @@ REFUSALS = (
     check_speculation,
     check_fast_prefill,
     check_experts_on_cpu,
+    check_lora,
     check_routed_experts,
     refuse_engines_without_memory_node,
     check_int8,
@@ -377,6 +346,7 @@ ADJUSTMENTS = (
     decide_gate_without_names,
     list_experts_by_call,
     choose_clamping_experts,
+    pack_router_scores,
     choose_compilation,
     choose_chunk,
     choose_worker,
