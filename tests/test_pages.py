@@ -12,7 +12,7 @@ from harness.page_shell import PageShell, copy_of_this_tree, starts_server
 from harness.pages import PAGES, SHELL, Block, blocks, inline_code, refuses, rows, wrong_test
 
 SUPPORT = pages.ROOT / "docs" / "support.md"
-STATUSES = {"yes", "no", "untested", "on an H100"}
+STATUSES = {"yes", "no", "untested", "on a GPU"}
 SERVER_TEST = "tests/serving/test_server.py::test_greedy_completion_is_the_references"
 # What an inline code that is a command, and not a name of one, begins with.
 PROGRAM = re.compile(r"(vllm-yocou|vllm serve|python -m|python \S+\.py|make|pytest) \S")
@@ -58,8 +58,8 @@ def mistakes_of_support(page: Path) -> list[str]:
             wrong.append(f"{row.supported!r} is none of {', '.join(sorted(STATUSES))}")
         elif row.supported in ("yes", "no") and not row.tests:
             wrong.append(f"{row.supported}, and no test is named")
-        elif row.supported == "on an H100" and not any("cuda.md" in link for link in row.links):
-            wrong.append("on an H100, and cuda.md is not named")
+        elif row.supported == "on a GPU" and not any("cuda.md" in link for link in row.links):
+            wrong.append("on a GPU, and cuda.md is not named")
         elif row.supported == "no" and not wrong and not any(refuses(*test) for test in row.tests):
             wrong.append("no, and none of its tests expects an exception")
         found += [f"{pages.place(page, row.line)}: {complaint}: {row.what}" for complaint in wrong]
@@ -232,12 +232,12 @@ def test_gives_up(): pytest.skip("")
         ("| a | yes | [a.py](a.py) `test_runs`, `test_runs_somewhere` |", None),
         ("| a | no | [a.py](a.py) `test_runs`, `test_refuses` |", None),
         ("| a | untested | |", None),
-        ("| a | on an H100 | [cuda.md](cuda.md#a) |", None),
+        ("| a | on a GPU | [cuda.md](cuda.md#a) |", None),
         ("| a | maybe | [a.py](a.py) `test_runs` |", "'maybe' is none of"),
         ("| a | yes | |", "yes, and no test is named"),
         ("| a | no | [cuda.md](cuda.md) |", "no, and no test is named"),
         ("| a | no | [a.py](a.py) `test_runs` |", "none of its tests expects an exception"),
-        ("| a | on an H100 | |", "cuda.md is not named"),
+        ("| a | on a GPU | |", "cuda.md is not named"),
         ("| a | yes | `test_runs` |", "no link stands before it"),
         ("| a | yes | [a.py](a.py) `test_walks` |", "no test test_walks in a.py"),
         ("| a | yes | [b.py](b.py) `test_runs` |", "no test test_runs in b.py"),
