@@ -4,9 +4,10 @@ The peers are those of peers.py with the same sizes. They run in the first round
 prompt that takes longer than LIMIT_S: that prompt is stopped, and longer ones are not tried.
 """
 
-from benchmarks.engine import block_bytes, config, core, first_token_s, start, stop
+from benchmarks.engine import block_bytes, bounded_prompt_s, config, core, prompt_s, start, stop
 
 import dataclasses
+import math
 from typing import Any
 
 from vllm import LLM
@@ -46,7 +47,7 @@ class Racers:
         for tokens, runs in self.prompts.items():
             for name in names:
                 for _ in range(runs if tokens < self.stopped.get(name, LONGEST) else 0):
-                    seconds = first_token_s(self.engines[name], tokens, None if name == OURS else LIMIT_S)
+                    seconds = bounded_prompt_s(self.engines[name], tokens, math.inf if name == OURS else LIMIT_S)
                     progress(f"{name}, {tokens} tokens: {'stopped' if seconds is None else f'{seconds:.1f} s'}")
                     if seconds is None:
                         self.stopped[name] = tokens
@@ -68,7 +69,7 @@ def measure(dtype: str, prompts: dict[int, int] = PROMPTS, longest: int = LONGES
     chunks = {name: core(llm).scheduler.max_num_scheduled_tokens for name, llm in racers.engines.items()}
     result = Result.here("long_prompts", **sizes, chunks=chunks)
     for name in racers.engines:
-        first_token_s(racers.engines[name], min(prompts))
+        prompt_s(racers.engines[name], min(prompts))
     racers.round(list(racers.engines))
     for _ in range(rounds - 1):
         racers.round([OURS])
@@ -90,9 +91,9 @@ def add_longest(result: Result, dtype: str, tokens: int, first: int) -> None:
     settings: dict[str, Any] = dict(dtype=dtype, max_num_seqs=1, enforce_eager=True)
     settings |= dict(max_model_len=tokens + MARGIN // 2)
     llm = start(cfg, **settings | our_pool(sizes))
-    first_token_s(llm, first)
+    prompt_s(llm, first)
     progress(f"{OURS}, {tokens} tokens, {dtype}")
-    seconds = first_token_s(llm, tokens)
+    seconds = prompt_s(llm, tokens)
     assert seconds is not None
     of: dict[str, Any] = dict(tokens=tokens, model=OURS)
     result.add("first token", "s", seconds, **of)

@@ -6,6 +6,7 @@ runs over the caches of an engine, in both layouts, without their libraries.
 
 import copy
 import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
 
@@ -76,6 +77,17 @@ def test_a_server_on_a_cpu_cannot_use_the_example_of_a_connector(monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with pytest.raises(ValueError, match="ExampleConnector cannot be used by workers that are processes of their own"):
         check_connectors(asked)
+
+
+@pytest.mark.parametrize("name", ["ExampleConnector", "HF3FSKVConnector"])
+def test_workers_that_do_not_know_the_block_size_are_refused_on_gpus(name, monkeypatch):
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    for ranks in (1, 2):
+        asked = settings(name, ranks=ranks)
+        asked.scheduler_config.enable_chunked_prefill = False
+        refused = pytest.raises(ValueError, match=f"{name} cannot be used by workers .*, start one rank")
+        with refused if ranks > 1 else nullcontext():
+            check_connectors(asked)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ OF_GPUS = (
 )
 # What OffloadingConnector copies with, by vLLM's names; others are classes of the user's.
 OFFLOADING_SPECS = ("CPUOffloadingSpec", "TieringOffloadingSpec")
+# Their workers read the block size of the settings, which vLLM corrects in its scheduler's process alone.
+BY_SETTINGS = ("ExampleConnector", "HF3FSKVConnector")
 WRONG = {
     "LMCacheConnectorV1": "it expects one cache for each layer, use LMCacheMPConnector",
     "MoRIIOConnector": "it expects pages of one length in all caches, use NixlConnector",
@@ -74,11 +76,9 @@ def why_refused(connector: "KVTransferConfig", vllm_config: "VllmConfig") -> str
         return "with prompts in chunks: it saves a prompt in its first step, use --no-enable-chunked-prefill"
     several = vllm_config.parallel_config.tensor_parallel_size > 1
     own_process = several or (current_platform.is_cpu() and envs.VLLM_ENABLE_V1_MULTIPROCESSING)
-    if name == "ExampleConnector" and own_process:
-        return (
-            "by workers that are processes of their own: vLLM does not tell them the block size of the caches, use it "
-            "offline with VLLM_ENABLE_V1_MULTIPROCESSING=0"
-        )
+    if name in BY_SETTINGS and own_process:
+        remedy = "start one rank" if several else "use it offline with VLLM_ENABLE_V1_MULTIPROCESSING=0"
+        return f"by workers that are processes of their own: vLLM does not tell them the block size of the caches, {remedy}"
     return _why_refused_of_nixl(connector, vllm_config) if name in NIXL else None
 
 
