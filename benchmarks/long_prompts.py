@@ -94,7 +94,6 @@ def add_longest(result: Result, dtype: str, tokens: int, first: int) -> None:
     prompt_s(llm, first)
     progress(f"{OURS}, {tokens} tokens, {dtype}")
     seconds = prompt_s(llm, tokens)
-    assert seconds is not None
     of: dict[str, Any] = dict(tokens=tokens, model=OURS)
     result.add("first token", "s", seconds, **of)
     result.add("KV cache", "MiB", held_in_decode(llm, tokens) * block_bytes(llm) / 2**20, **of)
