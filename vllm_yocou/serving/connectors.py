@@ -78,7 +78,7 @@ def why_refused(connector: "KVTransferConfig", vllm_config: "VllmConfig") -> str
     own_process = several or (current_platform.is_cpu() and envs.VLLM_ENABLE_V1_MULTIPROCESSING)
     if name in BY_SETTINGS and own_process:
         remedy = "start one rank" if several else "use it offline with VLLM_ENABLE_V1_MULTIPROCESSING=0"
-        return f"by workers that are processes of their own: vLLM does not tell them the block size of the caches, {remedy}"
+        return f"by workers that are processes of their own: vLLM does not tell them the caches' block size, {remedy}"
     return _why_refused_of_nixl(connector, vllm_config) if name in NIXL else None
 
 
