@@ -86,8 +86,7 @@ def test_vllm_finds_the_plugin_of_this_tree_without_an_installed_one(tmp_path, m
     assert plugins == "['vllm_yocou.registration']" and Path(kernels).resolve() == ROOT / "kernels" / "__init__.py"
 
 
-@pytest.mark.slow
-def test_pytest_finds_the_kernels_without_an_installed_plugin(tmp_path, monkeypatch):
+def test_pytest_finds_the_kernels_without_an_installed_plugin(nightly, tmp_path, monkeypatch):
     """This environment's packages come by path alone, so that nothing says where an editable installation is."""
     monkeypatch.setenv("PYTHONPATH", sysconfig.get_path("purelib"))
     tier.announce_plugin(tmp_path)
@@ -124,6 +123,18 @@ def test_parts_ask_what_exists(gpus, tmp_path, monkeypatch):
             ("TRITON_ATTN", "float32", {}, True),
         ]
     assert ("there is one GPU" in [part.why_not for part in asked]) == (gpus == 1)
+
+
+def test_every_case_that_runs_apart_is_asked_for_once(nightly):
+    command = [*parts.PYTEST, "--collect-only", *(f"tests/gpu/{file}" for file in parts.APART)]
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    given = os.environ | {"PYTHONPATH": paths}
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=given).stdout
+    items = [line for line in found.splitlines() if line.startswith("tests/gpu/")]
+    for file, cases in parts.APART.items():
+        names = [item.partition("::")[2] for item in items if item.startswith(f"tests/gpu/{file}")]
+        asked = [[name for name in names if case in name] for case in cases]
+        assert all(asked) and sorted(name for some in asked for name in some) == sorted(names)
 
 
 def test_other_graphs_than_those_asked_for_are_wrong():

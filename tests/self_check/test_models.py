@@ -3,8 +3,15 @@
 import pytest
 import torch
 from harness import tiny
+from vllm import envs
 
 from vllm_yocou.self_check import models
+
+
+def test_the_reference_stays_off_a_gpu_whose_products_vllm_replaces(monkeypatch):
+    assert models.reference_device("cuda") == "cuda" and models.needed_bytes(3, 2, "cuda") == {"cuda": 3 * 12}
+    monkeypatch.setitem(vars(envs), "VLLM_BATCH_INVARIANT", True)
+    assert models.reference_device("cuda") == "cpu" and models.needed_bytes(3, 2, "cuda") == {"cuda": 6, "cpu": 30}
 
 
 def test_the_tiny_models_switch_what_differs():

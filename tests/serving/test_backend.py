@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from vllm import envs
 from vllm.config import AttentionConfig, VllmConfig, set_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
@@ -22,6 +23,7 @@ from vllm_yocou.serving.backend import (
     row_selecting_backend,
     smallest_block,
 )
+from vllm_yocou.serving.batch_invariance import check_batch_invariance
 
 HEADS_OF_64 = FullAttentionSpec(block_size=1, num_kv_heads=1, head_size=64, dtype=torch.float32)
 BLOCKS = {"CPU_ATTN": 32, "FLASH_ATTN": 16, "TRITON_ATTN": 16}
@@ -137,12 +139,13 @@ def test_flash_attention_is_passed_over_for_invariant_batches(selected, cuda, mo
     """Of FlashAttention 3 with one split, rows in a window moved with the edges of chunks, on a GPU."""
     monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
     monkeypatch.setattr(current_platform, "get_device_capability", lambda: DeviceCapability(9, 0))
-    monkeypatch.setitem(vars(module.envs), "VLLM_BATCH_INVARIANT", True)
+    monkeypatch.setitem(vars(envs), "VLLM_BATCH_INVARIANT", True)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     assert selected(accepting=("FLASH_ATTN", "TRITON_ATTN")) == "TRITON_ATTN"
     with pytest.raises(ValueError, match=r"FLASH_ATTN cannot be used with VLLM_BATCH_INVARIANT=1: .* TRITON_ATTN"):
         selected(accepting=("FLASH_ATTN", "TRITON_ATTN"), backend=AttentionBackendEnum.FLASH_ATTN)
     with pytest.raises(ValueError, match="FLASH_ATTN cannot be used with VLLM_BATCH_INVARIANT=1"):
-        selected(accepting=("FLASH_ATTN",))
+        check_batch_invariance(VllmConfig(attention_config=AttentionConfig(backend=AttentionBackendEnum.FLASH_ATTN)))
 
 
 def test_pages_of_a_fixed_size_are_passed_over(selected, monkeypatch):
@@ -163,6 +166,11 @@ def test_another_backend_is_refused_if_chosen(chosen, selected):
         ValueError, match=r"FLEX_ATTENTION cannot be used with YOCO-U: .* CPU_ATTN, FLASH_ATTN, TRITON_ATTN"
     ):
         selected(accepting=("FLEX_ATTENTION", "TRITON_ATTN"), **chosen)
+
+
+def test_a_machine_with_none_that_the_plugin_builds_on_is_refused(selected):
+    with pytest.raises(ValueError, match=r"FLEX_ATTENTION cannot be used with YOCO-U: .* choose one of these"):
+        selected(accepting=("FLEX_ATTENTION",))
 
 
 @pytest.mark.parametrize("cache_dtype", ["fp8_per_token_head", "int8_per_token_head"])

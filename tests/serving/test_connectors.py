@@ -6,7 +6,6 @@ runs over the caches of an engine, in both layouts, without their libraries.
 
 import copy
 import os
-from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
 
@@ -40,12 +39,14 @@ READ = {
 }
 
 
-def settings(connector: str, ranks: int = 1, chunked: bool = True, **transfer) -> SimpleNamespace:
+def settings(
+    connector: str, ranks: int = 1, chunked: bool = True, executor: str | None = None, **transfer
+) -> SimpleNamespace:
     chosen = KVTransferConfig(kv_connector=connector, kv_role="kv_both", **transfer)
     return SimpleNamespace(
         kv_transfer_config=chosen,
         scheduler_config=SimpleNamespace(enable_chunked_prefill=chunked),
-        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks, distributed_executor_backend=executor),
     )
 
 
@@ -82,12 +83,10 @@ def test_a_server_on_a_cpu_cannot_use_the_example_of_a_connector(monkeypatch):
 @pytest.mark.parametrize("name", ["ExampleConnector", "HF3FSKVConnector"])
 def test_workers_that_do_not_know_the_block_size_are_refused_on_gpus(name, monkeypatch):
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    for ranks in (1, 2):
-        asked = settings(name, ranks=ranks)
-        asked.scheduler_config.enable_chunked_prefill = False
-        refused = pytest.raises(ValueError, match=f"{name} cannot be used by workers .*, start one rank")
-        with refused if ranks > 1 else nullcontext():
-            check_connectors(asked)
+    check_connectors(settings(name, chunked=False))
+    for asked in (dict(ranks=2), dict(executor="mp"), dict(executor="ray")):
+        with pytest.raises(ValueError, match=f"{name} cannot be used by workers .*, start one rank"):
+            check_connectors(settings(name, chunked=False, **asked))
 
 
 @pytest.mark.parametrize(

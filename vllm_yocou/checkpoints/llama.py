@@ -1,11 +1,11 @@
 """A YOCO-U model out of a Llama: which of its layers becomes what.
 
-Every tensor of the new model is one of the source's. A self layer takes a whole source layer; a cross layer takes the
-queries and the output of one layer's attention and the feed-forward of one; the global K and V are those of one. By
-default the first S layers become the self-decoder, and all cross layers attend as the first layer after those does,
-whose keys and values they read. So with T = 1, RoPE in the cross-decoder and a window that no prompt exceeds, the new
-model computes what the source computes up to and including that layer. The layers after it read keys and values of
-another layer, and every further iteration reads its own output: training has to heal that.
+Every tensor of the new model is one of the source's, unless calibration.py refits it. A self layer takes a whole source
+layer; a cross layer takes the queries and the output of one layer's attention and the feed-forward of one; the global K
+and V are those of one. By default the first S layers become the self-decoder, and all cross layers attend as the first
+layer after those does, whose keys and values they read. So with T = 1, RoPE in the cross-decoder and a window that no
+prompt exceeds, the new model computes what the source computes up to and including that layer. The layers after it read
+keys and values of another layer, and every further iteration reads its own output: training has to heal that.
 """
 
 import re

@@ -168,4 +168,17 @@ CrossFrom = Annotated[
     ),
 ]
 CrossRope = Annotated[bool, typer.Option(help="Rotate the cross-decoder's queries and the global keys.")]
+Calibrate = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Prose in UTF-8, on which the cross-decoder is fitted to the source.",
+    ),
+]
+CalibrationTokens = Annotated[
+    int,
+    typer.Option(
+        min=1, help="Tokens of TEXT that are taken from its beginning, in rows of 512; counts with --calibrate alone."
+    ),
+]
 LayersOnly = Annotated[bool, typer.Option("--dry-run", help="Print which layer would become what.")]

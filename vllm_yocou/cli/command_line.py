@@ -7,14 +7,15 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vllm_yocou.cli import arguments, environment, sizing
@@ -215,6 +216,8 @@ def upcycle(
     attention_from: arguments.AttentionFrom = None,
     cross_from: arguments.CrossFrom = None,
     cross_rope: arguments.CrossRope = True,
+    calibrate: arguments.Calibrate = None,
+    calibration_tokens: arguments.CalibrationTokens = 8192,
     dtype: arguments.StoredType = None,
     shard_size: arguments.ShardSize = LARGEST_SHARD,
     dry_run: arguments.LayersOnly = False,
@@ -245,6 +248,8 @@ def upcycle(
     Console().print(table)
     print(f"{len(plan.left_out)} tensors of the source are not used.")
     if not dry_run:
+        if calibrate is not None:
+            plan = _calibrated(plan, recognised.layers, calibrate, calibration_tokens)
         _write(plan, shard_size)
         print(
             f"{destination}: {len(plan.steps)} tensors. Heal it with examples/training/distill.py before you serve it."
@@ -316,6 +321,19 @@ def _output_to_stderr() -> Iterator[IO[str]]:
         sys.stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
+
+
+def _calibrated(plan: "Plan", layers: Sequence[tuple[str, int, int | None]], text: Path, tokens: int) -> "Plan":
+    """The plan with a cross-decoder that is fitted to the source's, with a progress bar."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from vllm_yocou.checkpoints.calibration import Calibration, calibrated
+
+    disable_progress_bar()
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("calibrating", total=1)
+        return calibrated(plan, layers, Calibration(text, tokens), lambda share: progress.update(task, completed=share))
 
 
 def _write(plan: "Plan", shard_size: int) -> None:

@@ -94,7 +94,10 @@ SETTINGS = (
         "vllm.config:CompilationConfig",
         "two units of the model are compiled, and the cached layers are looked up in its context",
         "serving/test_compilation.py",
-        has="cudagraph_copy_inputs cudagraph_mode fast_moe_cold_start mode splitting_ops static_forward_context",
+        has=(
+            "cudagraph_copy_inputs cudagraph_mode fast_moe_cold_start inductor_compile_config mode splitting_ops "
+            "static_forward_context"
+        ),
     ),
     Seam(
         "vllm.config:AttentionConfig",

@@ -7,7 +7,6 @@ from time import monotonic
 from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
-from vllm import envs
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -96,7 +95,7 @@ def of_model(model: Model, settings: Settings, device: str) -> ModelReport:
         does_not = "answer" if report.facts else "start"
         report.wrong.append(f"the engine does not {does_not}: {reason_of(error)}")
         return report
-    comparison = Comparison(Reference(model.reference(dtype, reference_device(device))))
+    comparison = Comparison(Reference(model.reference(dtype, models.reference_device(device))))
     for case_name, given in answers.items():
         for one in given:
             comparison.add(case_name, one)
@@ -104,14 +103,6 @@ def of_model(model: Model, settings: Settings, device: str) -> ModelReport:
     report.wrong += comparison.wrong()
     report.seconds = round(monotonic() - began, 1)
     return report
-
-
-def reference_device(device: str) -> str:
-    """Where the reference is computed: with VLLM_BATCH_INVARIANT vLLM's own products, without float64, replace torch's.
-
-    They stay in force on a GPU for the life of the process.
-    """
-    return "cpu" if envs.VLLM_BATCH_INVARIANT else device
 
 
 def reason_of(error: BaseException) -> str:

@@ -95,12 +95,13 @@ def checkpoint(name: str, parameters: int, dtype: str, device: str) -> Model:
     config = YocoUConfig.from_pretrained(name)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{name} is quantized, and the reference model is not: check the checkpoint it was made from.")
-    needed, available = needed_bytes(parameters, element_bytes(config, dtype, device)), available_bytes(device)
-    if needed > available:
-        raise ValueError(
-            f"{name} needs {needed / 2**30:.1f} GiB beside its reference in float64 and {available / 2**30:.1f} GiB "
-            f"are available on the device {device}: check a smaller checkpoint, or leave it out to check tiny models."
-        )
+    for place, needed in needed_bytes(parameters, element_bytes(config, dtype, device), device).items():
+        if needed > (available := available_bytes(place)):
+            raise ValueError(
+                f"{name} needs {needed / 2**30:.1f} GiB beside its reference in float64 and {available / 2**30:.1f} "
+                f"GiB are available on the device {place}: check a smaller checkpoint, or leave it out to check tiny "
+                "models."
+            )
     return Model(name, name, config)
 
 
@@ -111,9 +112,22 @@ def element_bytes(config: YocoUConfig, dtype: str, device: str) -> int:
     return min(width, 2) if dtype == "auto" and device != "cpu" else width
 
 
-def needed_bytes(parameters: int, width: int) -> int:
-    """Of the served weights, and of the reference in their dtype, of `width` bytes, and in float64."""
-    return parameters * (2 * width + DOUBLE_BYTES)
+def reference_device(device: str) -> str:
+    """Where the reference is computed: with VLLM_BATCH_INVARIANT vLLM's own products, without float64, replace torch's.
+
+    They stay in force on a GPU for the life of the process.
+    """
+    from vllm import envs
+
+    return "cpu" if envs.VLLM_BATCH_INVARIANT else device
+
+
+def needed_bytes(parameters: int, width: int, device: str) -> dict[str, int]:
+    """By device, of the served weights, and of the reference in their dtype, of `width` bytes, and in float64."""
+    needed = {device: parameters * width}
+    place = reference_device(device)
+    needed[place] = needed.get(place, 0) + parameters * (width + DOUBLE_BYTES)
+    return needed
 
 
 def available_bytes(device: str) -> int:

@@ -11,7 +11,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from vllm import envs
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
@@ -30,6 +29,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from vllm_yocou.rows.hand_over import StepRows, row_slots
 from vllm_yocou.rows.metrics import RowCounters
 from vllm_yocou.rows.selection import RowSelector, SelectedRows, share_experts
+from vllm_yocou.serving.batch_invariance import breaks_promise, check_backend
 from vllm_yocou.serving.kept_views import KeptViews
 from vllm_yocou.serving.row_by_row import RowByRow
 from vllm_yocou.workarounds import check_cache_dtype, widen_decode_scratch
@@ -42,9 +42,6 @@ LAYOUTS = {
     "TRITON_ATTN": (KVCacheLayout.BLNHC, KVCacheLayout.BLHNC),
 }
 
-# With a window its rows move with the edges of chunks, with one split too: seen with FlashAttention 3 on an H200.
-NOT_INVARIANT = "FLASH_ATTN"
-
 
 def served_backend(vllm_config: VllmConfig, head_size: int, windowed: bool) -> type[AttentionBackend]:
     """vLLM's backend for a cache, or the next in vLLM's own order that accepts it and that the plugin builds on.
@@ -53,8 +50,7 @@ def served_backend(vllm_config: VllmConfig, head_size: int, windowed: bool) -> t
         windowed: whether the cache keeps a window only.
 
     Raises:
-        ValueError: if the user chose one that the plugin does not build on, or one whose rows vary in spite of
-            VLLM_BATCH_INVARIANT, or if no kernels read caches of this dtype.
+        ValueError: if there is none, or the user chose another, or if no kernels read caches of this dtype.
     """
     cache_dtype, attention = vllm_config.cache_config.cache_dtype, vllm_config.attention_config
     if get_kv_quant_mode(cache_dtype).is_per_token_head:
@@ -75,33 +71,25 @@ def served_backend(vllm_config: VllmConfig, head_size: int, windowed: bool) -> t
         kv_quant_mode=get_kv_quant_mode(cache_dtype),
     )
     base = select()
-    if not is_built_on(base, spec) and (attention.backend is not None or attention.backend_per_kind):
-        raise ValueError(
-            f"the attention backend {base.get_name()} cannot be used with YOCO-U: the plugin packs KV caches for "
-            f"{', '.join(LAYOUTS)}, whose kernels take pages of any multiple, choose one of these."
-        )
     chosen = attention.backend is not None or attention.backend_per_kind
     for candidate in [] if chosen or is_usable(base, spec) else in_vllms_order():
         with patch.object(attention, "backend", candidate), suppress(ValueError):  # which names why it does not accept
             if is_usable(accepted := select(), spec):
                 base = accepted
                 break
-    if varies(base):
+    if not is_built_on(base, spec):
         raise ValueError(
-            f"the attention backend {base.get_name()} cannot be used with VLLM_BATCH_INVARIANT=1: what it computes in "
-            "a window depends on where chunks end, choose TRITON_ATTN."
+            f"the attention backend {base.get_name()} cannot be used with YOCO-U: the plugin packs KV caches for "
+            f"{', '.join(LAYOUTS)}, whose kernels take pages of any multiple, choose one of these."
         )
+    check_backend(base.get_name())
     check_cache_dtype(base, cache_dtype)
     return base
 
 
 def is_usable(backend: type[AttentionBackend], spec: AttentionSpec) -> bool:
-    return is_built_on(backend, spec) and not varies(backend)
-
-
-def varies(backend: type[AttentionBackend]) -> bool:
-    """Whether it breaks what VLLM_BATCH_INVARIANT promises, where that is asked for."""
-    return bool(envs.VLLM_BATCH_INVARIANT) and backend.get_name() == NOT_INVARIANT
+    """Whether the plugin builds on it and it keeps what VLLM_BATCH_INVARIANT promises, if that is asked for."""
+    return is_built_on(backend, spec) and not breaks_promise(backend.get_name())
 
 
 def is_built_on(backend: type[AttentionBackend], spec: AttentionSpec) -> bool:

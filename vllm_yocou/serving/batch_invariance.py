@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 WORKER = "vllm_yocou.serving.invariant_worker.InvariantWorker"
 VARIABLE = "VLLM_BATCH_INVARIANT=1"
+# With a window its rows move with the edges of chunks, with one split too: seen with FlashAttention 3 on an H200.
+NOT_INVARIANT = "FLASH_ATTN"
 
 
 def is_fixed() -> bool:
@@ -25,6 +27,21 @@ def is_fixed() -> bool:
     from vllm.platforms import current_platform
 
     return bool(envs.VLLM_BATCH_INVARIANT) and current_platform.is_cpu()
+
+
+def breaks_promise(backend: str) -> bool:
+    """Whether an attention backend's rows vary, where that must not be."""
+    from vllm import envs
+
+    return bool(envs.VLLM_BATCH_INVARIANT) and backend == NOT_INVARIANT
+
+
+def check_backend(backend: str) -> None:
+    if breaks_promise(backend):
+        raise ValueError(
+            f"the attention backend {backend} cannot be used with {VARIABLE}: what it computes in a window depends on "
+            "where chunks end, choose TRITON_ATTN."
+        )
 
 
 def check_batch_invariance(vllm_config: "VllmConfig") -> None:
@@ -38,6 +55,8 @@ def check_batch_invariance(vllm_config: "VllmConfig") -> None:
             "VLLM_BATCH_INVARIANT cannot be changed while an engine lives in this process: vLLM keeps the value that "
             "it found, end the engine or start the next one in a process of its own."
         )
+    if (backend := vllm_config.attention_config.backend) is not None:
+        check_backend(backend.name)
     if not is_fixed():
         return
     parallel, model_config = vllm_config.parallel_config, vllm_config.model_config

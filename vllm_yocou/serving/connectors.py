@@ -74,10 +74,13 @@ def why_refused(connector: "KVTransferConfig", vllm_config: "VllmConfig") -> str
         return "on a CPU: it copies between a GPU and other memory, leave it out"
     if name == "ExampleConnector" and vllm_config.scheduler_config.enable_chunked_prefill:
         return "with prompts in chunks: it saves a prompt in its first step, use --no-enable-chunked-prefill"
-    several = vllm_config.parallel_config.tensor_parallel_size > 1
-    own_process = several or (current_platform.is_cpu() and envs.VLLM_ENABLE_V1_MULTIPROCESSING)
+    parallel = vllm_config.parallel_config
+    of_executor = parallel.tensor_parallel_size > 1 or parallel.distributed_executor_backend in ("mp", "ray")
+    own_process = of_executor or (current_platform.is_cpu() and envs.VLLM_ENABLE_V1_MULTIPROCESSING)
     if name in BY_SETTINGS and own_process:
-        remedy = "start one rank" if several else "use it offline with VLLM_ENABLE_V1_MULTIPROCESSING=0"
+        remedy = "use it offline with VLLM_ENABLE_V1_MULTIPROCESSING=0"
+        if of_executor:
+            remedy = "start one rank and leave out --distributed-executor-backend"
         return f"by workers that are processes of their own: vLLM does not tell them the caches' block size, {remedy}"
     return _why_refused_of_nixl(connector, vllm_config) if name in NIXL else None
 
