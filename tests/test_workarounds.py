@@ -143,8 +143,15 @@ def test_pack_router_scores(monkeypatch):
     monkeypatch.setattr(fused_topk_router, "dispatch_topk_softmax_func", lambda **kwargs: take)
     fused_topk_router.fused_topk(h_ND, scores_NE, 2, renormalize=True)
     assert (not taken[0].is_contiguous()) == faulty("pack_router_scores")
-    for experts, padding in ((5, {"shape_padding": False}), (16, {}), (None, {})):
-        hf_config = tiny.config() if experts is None else tiny.moe_config(num_experts=experts)
+    without = {"shape_padding": False}
+    for experts, latent, padding in (
+        (5, None, without),
+        (16, 60, without),
+        (16, 64, {}),
+        (16, None, {}),
+        (0, None, {}),
+    ):
+        hf_config = tiny.moe_config(num_experts=experts, moe_latent_size=latent) if experts else tiny.config()
         settings = VllmConfig()
         before = dict(settings.compilation_config.inductor_compile_config)
         workarounds.pack_router_scores(

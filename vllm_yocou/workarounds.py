@@ -160,10 +160,11 @@ def pack_router_scores(vllm_config: "VllmConfig") -> None:
     Where the number of experts is no multiple of 8, torch's compiler may multiply by a wider matrix, if it measures
     that to be faster, and hand on a view of the product. The kernel then reads other scores for all rows but the first
     (vllm-project/vllm#56900). Seen on an H200 with 5 and 6 experts, in about every second start: log probabilities off
-    by up to 4.
+    by up to 4. What latent experts read is such a product, too, and vLLM's kernels take it only if nothing lies between
+    its rows.
     """
     config = vllm_config.model_config.hf_config
-    if config.is_moe and config.num_experts % 8:
+    if config.is_moe and (config.num_experts % 8 or (config.moe_latent_size or 0) % 8):
         vllm_config.compilation_config.inductor_compile_config["shape_padding"] = False
 
 
