@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from benchmarks.console import progress, publish
 from benchmarks.results import Key, Result
+from vllm_yocou.checkpoints.calibration import planned_model
 from vllm_yocou.checkpoints.llama import Upcycling
 from vllm_yocou.checkpoints.plan import plan as plan_of
 from vllm_yocou.checkpoints.sources import recognise
@@ -60,13 +61,11 @@ def build(
     """What `vllm-yocou upcycle` would write, without writing it; `scale` multiplies what self layers add to x."""
     asked = Upcycling(iterations, WINDOW, cross_rope, **chosen)
     plan = plan_of(recognise("upcycle", source, asked), source / "nowhere", dtype="float32")
-    weights = {}
-    for step in plan.steps:
-        branch = ".self_decoder." in step.target and ("o_proj" in step.target or "down_proj" in step.target)
-        weights[step.target] = step.tensor.read().float() * (scale if branch else 1.0)
-    model = YocoUForCausalLM(plan.config)
-    model.load_state_dict(weights, strict=not plan.config.tie_word_embeddings)
-    model.tie_weights()
+    model = planned_model(plan)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".self_decoder." in name and ("o_proj" in name or "down_proj" in name):
+                parameter.mul_(scale)
     return model
 
 

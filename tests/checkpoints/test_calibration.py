@@ -10,7 +10,7 @@ from torch.nn.functional import kl_div
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
-from vllm_yocou.checkpoints.calibration import REFITTED, Calibration, calibrated, fit, ridge_regression
+from vllm_yocou.checkpoints.calibration import REFITTED, Calibration, calibrated, fit, planned_model, ridge_regression
 from vllm_yocou.checkpoints.llama import Upcycling
 from vllm_yocou.checkpoints.plan import plan as plan_of
 from vllm_yocou.checkpoints.sources import recognise
@@ -39,9 +39,7 @@ def made(material, destination, iterations=1, **chosen):
     """A plan, its layers, and the model that it writes."""
     source = recognise("upcycle", material / "llama", Upcycling(iterations, 16, **chosen))
     plan = plan_of(source, destination, "float32")
-    model = YocoUForCausalLM(plan.config).eval()
-    model.load_state_dict({step.target: step.tensor.read() for step in plan.steps}, strict=False)
-    return plan, source.layers, model
+    return plan, source.layers, planned_model(plan)
 
 
 @torch.inference_mode()

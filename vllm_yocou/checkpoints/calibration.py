@@ -69,11 +69,7 @@ def calibrated(
             f"what its source layer leaves, name layers in their order that end with {last}."
         )
     rows_RN = read_rows(plan, asked)
-    student = YocoUForCausalLM(plan.config).eval()
-    copied = {step.target: step.tensor.read().float() for step in plan.steps}
-    student.load_state_dict(copied, strict=not plan.config.tie_word_embeddings)
-    student.tie_weights()
-    del copied
+    student = planned_model(plan)
     source = LlamaForCausalLM.from_pretrained(plan.source, dtype=torch.float32).eval()
     changed = fit(student, source, layers[first][1], cross_from, rows_RN, asked, done)
     steps = [
@@ -83,6 +79,15 @@ def calibrated(
         for step in plan.steps
     ]
     return replace(plan, steps=steps)
+
+
+def planned_model(plan: Plan) -> YocoUForCausalLM:
+    """The model that `plan` would write, in float32."""
+    model = YocoUForCausalLM(plan.config).eval()
+    weights = {step.target: step.tensor.read().float() for step in plan.steps}
+    model.load_state_dict(weights, strict=not plan.config.tie_word_embeddings)
+    model.tie_weights()
+    return model
 
 
 def read_rows(plan: Plan, asked: Calibration) -> torch.Tensor:
