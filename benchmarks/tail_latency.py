@@ -1,4 +1,7 @@
-"""How long users wait near saturation: `vllm bench serve` at a fixed rate, rows skipping or not, by size of chunks."""
+"""How long users wait near saturation: `vllm bench serve` at a fixed rate, rows skipping or not, by size of chunks.
+
+In the quickest type of the processor alone: in float32 two cores would take more than two hours.
+"""
 
 from benchmarks.engine import config
 
@@ -11,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.bench_serve import asked, tokenized
 from benchmarks.console import progress, publish
-from benchmarks.precision import in_each_dtype
+from benchmarks.precision import dtypes_here
 from benchmarks.results import Result
 from benchmarks.server import VLLM, Server, serving
 from benchmarks.tables.tail_latency import EVERY_ROW, PERCENTILES, WAYS
@@ -86,4 +89,4 @@ def measure(dtype: str = "float32") -> Result:
 
 
 if __name__ == "__main__":
-    publish(in_each_dtype(measure))
+    publish(measure(dtypes_here()[-1]))

@@ -42,10 +42,9 @@ def note(result: Result) -> str:
 TABLES = (
     Table(
         name="tail_latency",
-        each_dtype=True,
         about="How long the slowest requests wait near saturation, rows skipping or not, by size of chunks",
-        needs="two quiet cores, 12 GiB of memory, a C++ compiler",
-        takes="70 minutes",
+        needs="two quiet cores, 20 GiB of memory, a C++ compiler",
+        takes="an hour",
         by_default=False,
         rows=rows,
         note=note,
