@@ -50,6 +50,7 @@ class Architecture:
         num_hidden_layers: layers that are stored, S + C.
         num_self_decoder_layers: S, by default half of them.
         num_iterations: T, how often the whole self-decoder stack runs.
+        trained_iterations: every T that the checkpoint was trained for, by default its own alone.
         sliding_window: W, keys that a self-decoder token sees, itself included.
         num_attention_heads, num_key_value_heads, head_dim: the self-decoder's.
         cross_num_attention_heads, cross_num_key_value_heads, cross_head_dim: the cross-decoder's and the global
@@ -88,6 +89,7 @@ class Architecture:
     num_hidden_layers: int = MISSING
     num_self_decoder_layers: int = DERIVED
     num_iterations: int = 3
+    trained_iterations: list[int] = DERIVED
     sliding_window: int = 512
     num_attention_heads: int = MISSING
     num_key_value_heads: int = DERIVED
@@ -186,6 +188,8 @@ class Architecture:
         check_keys(self, REQUIRED)
         if self.num_self_decoder_layers is None:
             self.num_self_decoder_layers = self.num_hidden_layers // 2
+        if self.trained_iterations is None:
+            self.trained_iterations = [self.num_iterations]
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:

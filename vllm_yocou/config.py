@@ -63,30 +63,28 @@ class YocoUConfig(PreTrainedConfig, Architecture):
         rope.check(self.rope_parameters)
 
     def uuid(self) -> str:
-        """This configuration as JSON without num_iterations and auto_map: what vLLM puts into its key of compiled code.
+        """This configuration as JSON without any T and without auto_map: what vLLM puts into its key of compiled code.
 
         One pass through the self-decoder is compiled and called T times, so that one artifact serves every T. Two
         other features of vLLM share this key and cannot distinguish two T of a checkpoint: the `system_fingerprint` of
         its answers, and the KV-cache size that `VLLM_ENABLE_STARTUP_PLAN` saves. Only what was saved has an auto_map.
         """
         keys = json.loads(self.to_json_string())
-        del keys["num_iterations"]
-        keys.pop("auto_map", None)
+        for key in ("num_iterations", "trained_iterations", "auto_map"):
+            keys.pop(key, None)
         return json.dumps(keys, sort_keys=True)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The configuration in `config_dict`, overridden by `kwargs`; with `return_unused_kwargs`, those as well."""
-        trained = config_dict.get("num_iterations", cls.num_iterations)
         loaded = super().from_dict(config_dict, **_with_rope_gathered(kwargs))
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config.validate()
-        config._warn_if_retrained_depth(trained)
+        config._warn_of_untrained_depth()
         return loaded
 
     def update(self, config_dict: dict[str, Any]) -> None:
         """Override keys of a loaded configuration (vLLM's `--hf-overrides`, except mappings) and check the result."""
-        trained = self.num_iterations
         refuse_foreign(config_dict)
         for key in config_dict:
             known = hasattr(self, key) and not callable(getattr(type(self), key, None))
@@ -94,12 +92,13 @@ class YocoUConfig(PreTrainedConfig, Architecture):
                 raise ValueError(f"config key '{key}' is unknown to YOCO-U: correct the name of the override.")
         super().update(_with_rope_gathered(config_dict))
         self.validate()
-        self._warn_if_retrained_depth(trained)
+        self._warn_of_untrained_depth()
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """The keys that are saved: all of them, except the authors' switches that are off."""
+        """The keys that are saved: all but the authors' switches that are off, and a trained T that is the only one."""
         keys = super().to_diff_dict()
-        return {key: value for key, value in keys.items() if key not in SWITCHES or value != getattr(type(self), key)}
+        implied = {key: getattr(type(self), key) for key in SWITCHES} | {"trained_iterations": [self.num_iterations]}
+        return {key: value for key, value in keys.items() if key not in implied or value != implied[key]}
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
         """Write the keys as JSON. A config.json also names the classes, whose module is written beside it.
@@ -115,11 +114,12 @@ class YocoUConfig(PreTrainedConfig, Architecture):
     def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
         """Do nothing: for a registered class transformers saves a copy of its module, where ours names the package."""
 
-    def _warn_if_retrained_depth(self, trained: int) -> None:
-        if self.num_iterations != trained:
+    def _warn_of_untrained_depth(self) -> None:
+        if self.num_iterations not in self.trained_iterations:
+            trained = ", ".join(map(str, self.trained_iterations))
             logger.warning_once(
-                f"num_iterations is overridden to {self.num_iterations}: the checkpoint was trained with {trained}, "
-                "other depths usually cost quality."
+                f"num_iterations is {self.num_iterations}: the checkpoint was trained with {trained}, other depths "
+                "usually cost quality."
             )
 
 

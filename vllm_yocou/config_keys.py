@@ -68,6 +68,20 @@ class Flag:
 
 
 @dataclass(frozen=True)
+class Wholes:
+    """A list of whole numbers between two bounds, one at least."""
+
+    least: int
+    most: int
+
+    def complaint(self, value: Any) -> str | None:
+        whole = isinstance(value, list) and all(is_whole(each) and self.least <= each <= self.most for each in value)
+        if whole and value:
+            return None
+        return f"it must be a list of whole numbers between {self.least} and {self.most}"
+
+
+@dataclass(frozen=True)
 class Choice:
     """One of some strings."""
 
@@ -93,6 +107,7 @@ KEYS: dict[str, Rule] = {
     "max_position_embeddings": SIZE,
     "num_self_decoder_layers": COUNT,
     "num_iterations": COUNT,
+    "trained_iterations": Wholes(1, MOST_PARTS),
     "sliding_window": SIZE,
     "num_key_value_heads": COUNT,
     "head_dim": SIZE,
