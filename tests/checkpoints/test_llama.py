@@ -48,6 +48,22 @@ def test_with_one_cross_layer_it_is_the_llama(changed, tmp_path):
     torch.testing.assert_close(run(made).logits, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-5)
 
 
+def test_more_global_heads_compute_the_same(tmp_path):
+    save_llama(tmp_path / "llama")
+    logits = []
+    for heads in (2, 4):
+        plan = upcycle(tmp_path / "llama", tmp_path / str(heads), 2, window=8, global_kv_heads=heads)
+        made = YocoUForCausalLM.from_pretrained(tmp_path / str(heads), dtype=torch.float32).eval()
+        assert made.config.cross_num_key_value_heads == heads
+        logits.append(run(made).logits)
+    torch.testing.assert_close(*logits, atol=1e-5 * logits[0].abs().max().item(), rtol=1e-5)
+    changes = {step.target: step.change for step in plan.steps if step.change}
+    assert changes == {f"model.global_kv.{name}_proj.weight": "each head 2 times" for name in "kv"}
+    for heads in (3, 8):
+        with pytest.raises(ValueError, match=f"--global-kv-heads is {heads}: .* a multiple of 2 that divides 4"):
+            upcycle(tmp_path / "llama", tmp_path / "other", global_kv_heads=heads)
+
+
 def test_it_is_the_llama_up_to_the_first_cross_layer_and_not_beyond(tmp_path):
     llama = save_llama(tmp_path / "llama")
     upcycle(tmp_path / "llama", tmp_path / "made", self_layers=2, attention_from=(2, 3, 4))

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import LlamaConfig
 
 from vllm_yocou.checkpoints.format import expected_shapes
@@ -50,6 +51,7 @@ class Upcycling:
     Attributes:
         iterations, window: T and W of the new model.
         cross_rope: whether the cross-decoder's queries and the global keys are rotated, as the source's were.
+        global_kv_heads: heads of the global keys and values, by default the source's; more repeat these.
         self_layers: S, by default as many as `self_from` names, or else half of the source's.
         self_from, global_from, attention_from, cross_from: as in `Layers`, by default what `choose` says.
     """
@@ -57,6 +59,7 @@ class Upcycling:
     iterations: int
     window: int
     cross_rope: bool = True
+    global_kv_heads: int | None = None
     self_layers: int | None = None
     self_from: Sequence[int] | None = None
     global_from: int | None = None
@@ -172,6 +175,13 @@ def recognise(folder: Path, keys: dict[str, Any], asked: Upcycling) -> Source | 
                 f"{plain!r}."
             )
     layers = choose(llama.num_hidden_layers, asked)
+    heads, kv_heads = llama.num_attention_heads, llama.num_key_value_heads
+    global_kv_heads = asked.global_kv_heads or kv_heads
+    if global_kv_heads % kv_heads or heads % global_kv_heads:
+        raise ValueError(
+            f"--global-kv-heads is {global_kv_heads}: each of the source's {kv_heads} is repeated and all share its "
+            f"{heads} query heads evenly, choose a multiple of {kv_heads} that divides {heads}."
+        )
     config = YocoUConfig(
         **{key: getattr(llama, key) for key in SHARED_KEYS},
         rope_parameters={key: value for key, value in (llama.rope_parameters or {}).items() if value is not None},
@@ -180,6 +190,7 @@ def recognise(folder: Path, keys: dict[str, Any], asked: Upcycling) -> Source | 
         num_iterations=asked.iterations,
         sliding_window=asked.window,
         cross_decoder_rope=asked.cross_rope,
+        cross_num_key_value_heads=global_kv_heads,
     )
     return Source(
         folder,
@@ -192,6 +203,14 @@ def mapping(tensors: dict[str, SourceTensor], config: YocoUConfig, layers: Layer
     """What becomes of the tensors: those of chosen layers are used, once or more, and the others are left out."""
     names = {target: layers.origin(target) for target in expected_shapes(config)}
     found = Mapping(config, {target: Origin(name, tensors.get(name)) for target, name in names.items()}, {}, [])
+    times = config.cross_num_key_value_heads // config.num_key_value_heads
+    if times > 1:
+        for projection in ("k_proj", "v_proj"):
+            target = f"model.global_kv.{projection}.weight"
+            origin = found.origins[target]
+            if origin.tensor is not None:
+                repeated = _repeated(origin.tensor, config.head_dim, times)
+                found.origins[target] = Origin(origin.name, repeated, f"each head {times} times")
     used = set(names.values())
     for name in (name for name in tensors if name not in used):
         reason = redundant(name, tensors[name], config, is_head=name == "lm_head.weight")
@@ -200,6 +219,16 @@ def mapping(tensors: dict[str, SourceTensor], config: YocoUConfig, layers: Layer
         else:
             found.unexpected.append(name)
     return found
+
+
+def _repeated(tensor: SourceTensor, head_dim: int, times: int) -> SourceTensor:
+    """A projection (K · d, D) with each head `times` times, one after the other: query heads keep the head they had."""
+
+    def change(weight_XD: torch.Tensor) -> torch.Tensor:
+        return weight_XD.unflatten(0, (-1, head_dim)).repeat_interleave(times, dim=0).flatten(0, 1)
+
+    rows, *columns = tensor.shape
+    return tensor.changed(change, tensor.dtype, (rows * times, *columns))
 
 
 def _not_chosen(name: str, source_layers: int) -> str | None:

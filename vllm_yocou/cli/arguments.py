@@ -168,6 +168,10 @@ CrossFrom = Annotated[
     ),
 ]
 CrossRope = Annotated[bool, typer.Option(help="Rotate the cross-decoder's queries and the global keys.")]
+GlobalKVHeads = Annotated[
+    int | None,
+    typer.Option(min=1, help="Heads of the global K and V: a multiple of the source's, by default as many."),
+]
 Calibrate = Annotated[
     Path | None,
     typer.Option(

@@ -216,6 +216,7 @@ def upcycle(
     attention_from: arguments.AttentionFrom = None,
     cross_from: arguments.CrossFrom = None,
     cross_rope: arguments.CrossRope = True,
+    global_kv_heads: arguments.GlobalKVHeads = None,
     calibrate: arguments.Calibrate = None,
     calibration_tokens: arguments.CalibrationTokens = 8192,
     dtype: arguments.StoredType = None,
@@ -231,6 +232,7 @@ def upcycle(
         iterations=iterations,
         window=window,
         cross_rope=cross_rope,
+        global_kv_heads=global_kv_heads,
         self_layers=self_layers,
         self_from=self_from,
         global_from=global_from,
@@ -247,6 +249,8 @@ def upcycle(
         table.add_row(here, f"layer {attention}", "" if feed_forward is None else f"layer {feed_forward}")
     Console().print(table)
     print(f"{len(plan.left_out)} tensors of the source are not used.")
+    numbers = 2 * config.cross_num_key_value_heads * config.cross_head_dim
+    print(f"The global KV cache takes {2 * numbers:,} bytes a token in 16 bits.")
     if not dry_run:
         if calibrate is not None:
             plan = _calibrated(plan, recognised.layers, calibrate, calibration_tokens)
