@@ -38,8 +38,9 @@ from benchmarks.promises import (
 )
 from benchmarks.results import Result
 from benchmarks.server import VLLM, Server, serving
-from benchmarks.soak_changes import CHANGES, Nothing
+from benchmarks.soak_changes import Adapters, Nothing, Weights
 from benchmarks.soak_clients import CONTEXT, TOKENS, Client, session
+from benchmarks.soak_prefill import Prefilled
 
 CHECKPOINT = Path(__file__).parent.parent / "examples" / "yoco-u-kjv"
 TEXT = CHECKPOINT.parent / "evaluation" / "kjv_last_word.jsonl"
@@ -52,6 +53,7 @@ CLIENTS, CHUNK = 12, 64
 # Around the window of 64 tokens and the global block of 96; the last two end at the context's limit.
 LENGTHS = (1, 2, 63, 65, 96, 200, 289, 700, 1400, CONTEXT - 8, CONTEXT - 1)
 IDLE_S = 30
+CHANGES: dict[str, type[Nothing]] = {kind.name: kind for kind in (Nothing, Weights, Adapters, Prefilled)}
 
 
 def command(change: Nothing) -> list[str]:
@@ -120,7 +122,7 @@ def pool(reference: Reference) -> list[Expected]:
 def soak(server: Server, change: Nothing, seconds: float, seed: int) -> Report:
     report = Report()
     models = change.models(server, pool)
-    clients = [Client(server, models, report, f"{seed}/{number}") for number in range(CLIENTS)]
+    clients = [change.client(server, models, report, f"{seed}/{number}") for number in range(CLIENTS)]
     try:
         start = idle_usage(server)
         asyncio.run(warm_up(server, [*prompts()][-1]))
@@ -166,7 +168,11 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             change = CHANGES[name](reference, Path(folder))
             log, limit_s = Path(folder) / "log", int(seconds) + 600
-            with serving(command(change), log, limit_s=limit_s, environment=change.environment) as server:
+            starts = command(change)
+            with (
+                change.beside(starts),
+                serving(starts, log, limit_s=limit_s, environment=change.environment) as server,
+            ):
                 report = soak(server, change, seconds, arguments.seed)
         report.add_to(result, changes=name)
         sentences += [f"{name}: {sentence}" for sentence in report.sentences()]

@@ -4,17 +4,18 @@ import asyncio
 import copy
 import json
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 import aiohttp
 import torch
 
-from benchmarks.promises import Expected, Mistake, Reference
+from benchmarks.promises import Expected, Mistake, Reference, Report
 from benchmarks.results import ROOT
 from benchmarks.server import Server
+from benchmarks.soak_clients import Client
 from benchmarks.soak_models import Models, Served
 
 TRAINING = ROOT / "examples" / "training"
@@ -46,6 +47,14 @@ class Nothing:
     def settings(self) -> list[str]:
         """More arguments of `vllm serve`."""
         return []
+
+    @contextmanager
+    def beside(self, command: list[str]) -> Iterator[None]:
+        """What the server needs while it runs; `command` starts the server."""
+        yield
+
+    def client(self, server: Server, models: Models, report: Report, seed: str) -> Client:
+        return Client(server, models, report, seed)
 
     def models(self, server: Server, pool: Pool) -> Models:
         """What the server answers with before the first change."""
@@ -165,6 +174,3 @@ class Adapters(Nothing):
             await post(session, f"{self.server.url}/v1/unload_lora_adapter", json=dict(lora_name=old.name))
         self.loaded = [new]
         self.made += 1
-
-
-CHANGES = {kind.name: kind for kind in (Nothing, Weights, Adapters)}

@@ -91,10 +91,12 @@ class Client:
                 mistakes.append(mistake)
         raise mistakes[0]
 
-    def post(self, session: aiohttp.ClientSession, expected: Expected, tokens: int, **settings: Any) -> PostRequest:
+    def body(self, expected: Expected, tokens: int, **settings: Any) -> dict[str, Any]:
         greedy = dict(temperature=0, ignore_eos=True, return_token_ids=True)
-        body = dict(model=self.ticket.model.name, prompt=expected.prompt, max_tokens=tokens) | greedy | settings
-        return session.post(f"{self.server.url}/v1/completions", json=body)
+        return dict(model=self.ticket.model.name, prompt=expected.prompt, max_tokens=tokens) | greedy | settings
+
+    def post(self, session: aiohttp.ClientSession, expected: Expected, tokens: int, **settings: Any) -> PostRequest:
+        return session.post(f"{self.server.url}/v1/completions", json=self.body(expected, tokens, **settings))
 
     async def answer(
         self, session: aiohttp.ClientSession, expected: Expected, tokens: int, **settings: Any

@@ -13,7 +13,8 @@ from aiohttp import web
 from benchmarks import promises, results, soak, soak_clients
 from benchmarks.promises import Expected, Mistake, Reference, Report
 from benchmarks.server import Server, free_port, serving
-from benchmarks.soak_changes import CHANGES, Nothing
+from benchmarks.soak import CHANGES
+from benchmarks.soak_changes import Nothing
 from benchmarks.soak_clients import Client
 from benchmarks.soak_models import Models, Served
 
@@ -40,7 +41,8 @@ class Model:
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_minute_of_mixed_clients(name, starts_vllm, both_cores, nightly, tmp_path):
     change = CHANGES[name](Reference(soak.CHECKPOINT), tmp_path)
-    with serving(soak.command(change), tmp_path / "log", environment=change.environment) as server:
+    command = soak.command(change)
+    with change.beside(command), serving(command, tmp_path / "log", environment=change.environment) as server:
         with pytest.raises(LookupError, match="vllm:nothing_of_this_name is not among"):
             server.metric("vllm:nothing_of_this_name")
         report = soak.soak(server, change, seconds=45, seed=1)
