@@ -34,7 +34,7 @@ from benchmarks.tables.quality import SCORES
 UPCYCLE = str(Path(sys.executable).with_name("vllm-yocou"))
 DISTILL = ROOT / "examples" / "training" / "distill.py"
 ITERATIONS = (1, 2, 3)
-WINDOW, ROW, STEP_ROWS = 512, 512, 8  # tokens of a window and of a training row, rows of a step
+WINDOW, ROW, STEP_ROWS = 256, 1024, 8  # tokens of a window and of a training row, rows of a step
 TASKS = (*COMMON, RULER[0])
 KV_TOKENS, CONTEXT = 8192, 8000  # of the request whose KV cache is counted, and of the one that decodes
 STEPS, ROUNDS = 10, 5
@@ -114,8 +114,8 @@ def measure(source: Path, text: Path, steps: int, limit: int, folder: Path, more
     add(one["held_out_perplexity"]["source"], source, model=SOURCE)
     for t, each in made.items():
         perplexity = each.report["held_out_perplexity"]
-        add(perplexity["before"], each.start, model="after initialisation", T=t)
-        add(perplexity["after"], each.healed, model="after healing", T=t)
+        add(perplexity["before"][str(t)], each.start, model="after initialisation", T=t)
+        add(perplexity["after"][str(t)], each.healed, model="after healing", T=t)
     progress("decode steps in vLLM")
     of_all: list[dict[str, Key]] = [{"model": SOURCE}]
     of_all += [{"T": t} for t in made]

@@ -36,7 +36,7 @@ class PrefillingClient(Client):
         self.prefill_url = prefill_url
 
     @asynccontextmanager
-    async def post(  # type: ignore[override]  # the same to its callers
+    async def post(
         self, session: aiohttp.ClientSession, expected: Expected, tokens: int, **settings: Any
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         if not {"n", "prompt_logprobs"} & settings.keys():

@@ -1,5 +1,6 @@
 """The loss of a language model: measured on held-out rows, and drawn over the steps of a run."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -7,13 +8,25 @@ from transformers import PreTrainedModel
 
 
 @torch.inference_mode()
-def nats(model: PreTrainedModel, rows: list[torch.Tensor]) -> float:
-    """Mean negative log-likelihood of a token. `rows` (N,) of token ids; the first of a row is given, not scored."""
-    total = 0.0
+def row_nats(model: PreTrainedModel, rows: Iterable[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the negative log-likelihoods of each row's labels (R,), and how many these are (R,).
+
+    Args:
+        rows: inputs of the model, each of one sequence (1, N) with its labels; no label is -100. The first token has
+            none before it and is not scored.
+    """
+    sums, labels = [], []
     for row in rows:
-        ids = row[None].to(model.device)
-        total += model(ids, labels=ids, use_cache=False).loss.item() * (len(row) - 1)
-    return total / sum(len(row) - 1 for row in rows)
+        labels.append((row["labels"][:, 1:] != -100).sum().item())
+        here = {key: value.to(model.device) for key, value in row.items()}
+        sums.append(model(**here, use_cache=False).loss.item() * labels[-1])
+    return torch.tensor(sums), torch.tensor(labels)
+
+
+def nats(model: PreTrainedModel, rows: Iterable[dict[str, torch.Tensor]]) -> float:
+    """Mean negative log-likelihood of a label of all `rows`, which are as in `row_nats`."""
+    sums_R, labels_R = row_nats(model, rows)
+    return (sums_R.sum() / labels_R.sum()).item()
 
 
 def draw(

@@ -187,7 +187,8 @@ def main() -> None:
 
     saved = YocoUForCausalLM.from_pretrained(arguments.output, dtype=torch.float32).eval()
     unigram, bigram = ngram_nats(torch.tensor([t for c in training for t in plain(tokenizer, c)]), rows)
-    nats = {"unigram": unigram, "bigram": bigram, f"YOCO-U, T = {arguments.iterations}": loss.nats(saved, rows)}
+    scored = [{"input_ids": row[None], "labels": row[None]} for row in rows]
+    nats = {"unigram": unigram, "bigram": bigram, f"YOCO-U, T = {arguments.iterations}": loss.nats(saved, scored)}
     report = {
         "settings": {name: getattr(arguments, name) for name in ("iterations", "steps", "batch", "learning_rate")},
         "parameters": sum(parameter.numel() for parameter in saved.parameters()),

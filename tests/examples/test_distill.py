@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from harness.checkout import ROOT
-from harness.llamas import TEXT, save_material, upcycle
+from harness.llamas import save_material, upcycle
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,7 +47,8 @@ def test_healing_writes_a_checkpoint_and_resumes_to_the_exact_step(
     report = json.loads((whole / "distillation.json").read_text())
     assert report["training_tokens"] == 4 * 2 * 2 * 48 and report["held_out_tokens"] == 4 * 47
     perplexity = report["held_out_perplexity"]
-    assert f"held-out perplexity: {perplexity}" in printed.out and perplexity["after"] < perplexity["before"]
+    assert f"held-out perplexity: {perplexity}" in printed.out and perplexity["after"]["2"] < perplexity["before"]["2"]
+    assert len(report["held_out_nats"]["after"]["2"]) == 4
     assert 0 < report["model_flops_utilisation"] < 1 and "model FLOPs utilisation: " in printed.out
     assert [entry["step"] for entry in report["history"] if "eval_loss" in entry] == [0, 2, 4]
     assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -114,11 +115,11 @@ def test_an_interruption_tells_how_to_go_on(distill, material, tmp_path, monkeyp
 
 
 def test_the_loss_of_a_step(distill, material):
-    """A student that is its own source, with one iteration, has a distance of zero."""
+    """A student that is its own source, with one iteration, is at no distance from it."""
     llama = AutoModelForCausalLM.from_pretrained(material / "llama").eval()
     ids = torch.arange(20)[None] * 7
     settings = distill.TrainingArguments(output_dir=material / "steps", report_to=[])
-    weights = dict(next_token=0.25, hidden=2.0, hidden_layer=3)
+    terms = distill.Terms(next_token=0.25, temperature=2.0, hidden=3.0, layers=2)
     upcycle(material / "llama", material / "same", self_layers=4)
     same = AutoModelForCausalLM.from_pretrained(material / "same").train()
     upcycle(material / "llama", material / "other", self_layers=3, window=4)
@@ -126,32 +127,36 @@ def test_the_loss_of_a_step(distill, material):
     inputs = {"input_ids": ids, "labels": ids}
     with torch.no_grad():
         theirs = llama(ids, labels=ids, output_hidden_states=True)
-        trainer = distill.Distillation(model=same, args=settings, teacher=llama, **weights | {"hidden_layer": 4})
+        trainer = distill.Distillation(model=same, args=settings, teacher=llama, terms=terms, iterations=[1])
         torch.testing.assert_close(trainer.compute_loss(same, inputs), 0.25 * theirs.loss, atol=1e-5, rtol=1e-5)
-        trainer = distill.Distillation(model=other, args=settings, teacher=llama, **weights)
+        trainer = distill.Distillation(model=other, args=settings, teacher=llama, terms=terms, iterations=[1])
         ours = other(ids, labels=ids, output_hidden_states=True)
-        p, q = theirs.logits[0].softmax(-1), ours.logits[0].softmax(-1)
-        divergence = (p * (p.log() - q.log())).sum() / 20
-        aim = theirs.hidden_states[3]
-        distance = (ours.hidden_states[3] - aim).pow(2).sum() / aim.pow(2).sum()
-        expected = 0.25 * ours.loss + 0.75 * divergence + 2.0 * distance
+        p, q = (theirs.logits[0] / 2).softmax(-1), (ours.logits[0] / 2).softmax(-1)
+        divergence = 4 * (p * (p.log() - q.log())).sum() / 20
+        # Both have five layers; states are counted from the embeddings on.
+        pairs = [(ours.hidden_states[layer], theirs.hidden_states[layer]) for layer in (3, 4)]
+        distances = [((a - b).pow(2).sum(-1) / b.pow(2).sum(-1)).mean() for a, b in pairs]
+        expected = 0.25 * ours.loss + 0.75 * divergence + 3.0 * sum(distances) / 2
         torch.testing.assert_close(trainer.compute_loss(other, inputs), expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(trainer.compute_loss(other.eval(), inputs), ours.loss)
 
 
-def test_rows_hold_the_text_once(distill, material):
-    tokenizer = AutoTokenizer.from_pretrained(material / "made")
-    (text,) = (distill.read_rows([material / "text.txt"], tokenizer, 48),)
-    lines = distill.read_rows([material / "text.jsonl"], tokenizer, 48)
-    assert TEXT.startswith(tokenizer.decode([token for row in text["input_ids"] for token in row]))
-    assert TEXT.replace("\n", "<end>").startswith(
-        tokenizer.decode([token for row in lines["input_ids"] for token in row])
-    )
-    (material / "some.jsonl").write_text('{"id": 0, "text": null}\n' + (material / "text.jsonl").read_text())
-    assert distill.read_rows([material / "some.jsonl"], tokenizer, 48)["input_ids"] == lines["input_ids"]
-    training, held_out = distill.split(text, 3)
-    assert held_out["input_ids"] == [text[i]["input_ids"] for i in range(0, len(text), 20)[:3]]
-    assert len(training) + len(held_out) == len(text)
+def test_a_checkpoint_of_several_iterations(distill, material, tmp_path, monkeypatch, capsys):
+    """Each step draws its T, alike in a run that goes on; the checkpoint says which were trained."""
+    run(distill, monkeypatch, material, tmp_path, "--iterations", "1", "2", "3", "--steps", "3")
+    config = AutoModelForCausalLM.from_pretrained(tmp_path).config
+    assert (config.num_iterations, config.trained_iterations) == (2, [1, 2, 3])
+    perplexity = json.loads((tmp_path / "distillation.json").read_text())["held_out_perplexity"]
+    assert [*perplexity["before"]] == [*perplexity["after"]] == ["1", "2", "3"]
+
+
+def test_only_what_was_asked_for_is_trained(distill, material, tmp_path, monkeypatch, capsys):
+    before = load_file(material / "made" / "model.safetensors")
+    for trained, parts in (("attention", ("global_kv", "cross_attn")), ("cross", ("global_kv", "cross_decoder"))):
+        run(distill, monkeypatch, material, tmp_path / trained, "--train", trained, "--steps", "2")
+        after = load_file(tmp_path / trained / "model.safetensors")
+        moved = {name for name in before if not torch.equal(after[name], before[name]) and "norm" not in name}
+        assert moved == {name for name in before if any(part in name for part in parts) and "norm" not in name}
 
 
 def test_operations_of_a_step_are_those_that_torch_counts(distill, material):
@@ -168,7 +173,7 @@ def test_operations_of_a_step_are_those_that_torch_counts(distill, material):
     assert sizing.row_flops(config, 48) == counted["made"] + seen
     llama_attention = 5 * 4 * 4 * 16 * 48 * 49 / 2
     expected = 3 * (counted["made"] + seen) + counted["llama"] + llama_attention
-    found = distill.step_flops(models["made"], models["llama"], 48)
+    found = distill.step_flops(models["made"], models["llama"], 48, config.num_iterations)
     assert found == pytest.approx(expected, rel=0.02)  # norms count as matrices, and torch's head is the same
 
 
@@ -178,9 +183,11 @@ def test_operations_of_a_step_are_those_that_torch_counts(distill, material):
         (["--resume"], "holds no step to resume from"),
         (["--text", "absent.txt"], "absent.txt is not a file that ends in .txt, .jsonl, .parquet"),
         (["--sequence", "5000"], "none to train on: give more"),
-        (["--hidden", "1", "--hidden-layer", "5"], "exposes hidden states after layers 1 to 4, not 5"),
+        (["--hidden", "1", "--hidden-layers", "4"], "--hidden-layers is 4: 3 of both models correspond"),
+        (["--iterations", "1", "3"], "--iterations leaves out 2, with which"),
+        (["--sequence", "16"], "rows of 16 tokens stay within the window of 16: nothing would train"),
         (["--batch", "0"], "invalid (int, at least 1) value: '0'"),
-        (["--sequence", "1"], "invalid (int, at least 2) value: '1'"),
+        (["--sequence", "7"], "invalid (int, at least 8) value: '7'"),
         (["--next-token", "5"], "invalid (float, at least 0, at most 1) value: '5'"),
         (["--learning-rate", "nan"], "invalid (float, at least 0) value: 'nan'"),
         (["--precision", "float16"], "float16 needs a GPU: take bfloat16 or float32"),

@@ -175,7 +175,8 @@ def recognise(folder: Path, keys: dict[str, Any], asked: Upcycling) -> Source | 
                 f"{plain!r}."
             )
     layers = choose(llama.num_hidden_layers, asked)
-    heads, kv_heads = llama.num_attention_heads, llama.num_key_value_heads
+    heads = llama.num_attention_heads
+    kv_heads = llama.num_key_value_heads or heads
     global_kv_heads = asked.global_kv_heads or kv_heads
     if global_kv_heads % kv_heads or heads % global_kv_heads:
         raise ValueError(

@@ -185,4 +185,12 @@ CalibrationTokens = Annotated[
         min=1, help="Tokens of TEXT that are taken from its beginning, in rows of 512; counts with --calibrate alone."
     ),
 ]
+CalibrationIterations = Annotated[
+    tuple | None,
+    typer.Option(
+        parser=layers,
+        metavar="NUMBERS",
+        help="Every T that the model is fitted for, such as 1-3, by default its own alone; counts with --calibrate.",
+    ),
+]
 LayersOnly = Annotated[bool, typer.Option("--dry-run", help="Print which layer would become what.")]

@@ -9,7 +9,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import typer
@@ -26,6 +25,7 @@ from vllm_yocou.serving.packing import SMALLEST_BLOCK
 
 if TYPE_CHECKING:
     from vllm_yocou.architecture import Architecture
+    from vllm_yocou.checkpoints.calibration import Calibration
     from vllm_yocou.checkpoints.plan import Plan
 
 MIB = 1 << 20
@@ -219,6 +219,7 @@ def upcycle(
     global_kv_heads: arguments.GlobalKVHeads = None,
     calibrate: arguments.Calibrate = None,
     calibration_tokens: arguments.CalibrationTokens = 8192,
+    calibration_iterations: arguments.CalibrationIterations = None,
     dtype: arguments.StoredType = None,
     shard_size: arguments.ShardSize = LARGEST_SHARD,
     dry_run: arguments.LayersOnly = False,
@@ -253,7 +254,10 @@ def upcycle(
     print(f"The global KV cache takes {2 * numbers:,} bytes a token in 16 bits.")
     if not dry_run:
         if calibrate is not None:
-            plan = _calibrated(plan, recognised.layers, calibrate, calibration_tokens)
+            from vllm_yocou.checkpoints.calibration import Calibration
+
+            how = Calibration(calibrate, calibration_tokens, iterations=calibration_iterations)
+            plan = _calibrated(plan, recognised.layers, how)
         _write(plan, shard_size)
         print(
             f"{destination}: {len(plan.steps)} tensors. Heal it with examples/training/distill.py before you serve it."
@@ -327,17 +331,17 @@ def _output_to_stderr() -> Iterator[IO[str]]:
         os.close(kept)
 
 
-def _calibrated(plan: "Plan", layers: Sequence[tuple[str, int, int | None]], text: Path, tokens: int) -> "Plan":
-    """The plan with a cross-decoder that is fitted to the source's, with a progress bar."""
+def _calibrated(plan: "Plan", layers: Sequence[tuple[str, int, int | None]], how: "Calibration") -> "Plan":
+    """The plan with a model that is fitted to the source, with a progress bar."""
     from transformers.utils.logging import disable_progress_bar
 
-    from vllm_yocou.checkpoints.calibration import Calibration, calibrated
+    from vllm_yocou.checkpoints.calibration import calibrated
 
     disable_progress_bar()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("calibrating", total=1)
-        return calibrated(plan, layers, Calibration(text, tokens), lambda share: progress.update(task, completed=share))
+        return calibrated(plan, layers, how, lambda share: progress.update(task, completed=share))
 
 
 def _write(plan: "Plan", shard_size: int) -> None:
