@@ -28,7 +28,7 @@ class Calibration:
     """
 
     text: Path
-    tokens: int = 8192
+    tokens: int = 32768
     row: int = 512
     ridge: float = 0.1
     self_ridge: float = 0.01
@@ -40,8 +40,8 @@ def calibrated(
 ) -> Plan:
     """The plan with refitted weights in the place of copied ones.
 
-    It takes the memory of both models in float32, of 2 C vectors of D numbers for each token, and in float64 that of
-    three square matrices as wide as the feed-forward.
+    It takes the memory of both models in float32, of some three vectors of D numbers for each token and T, and in
+    float64 that of three square matrices as wide as the feed-forward.
 
     Args:
         layers: as in `mapping.Source`.

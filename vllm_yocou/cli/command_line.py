@@ -218,7 +218,7 @@ def upcycle(
     cross_rope: arguments.CrossRope = True,
     global_kv_heads: arguments.GlobalKVHeads = None,
     calibrate: arguments.Calibrate = None,
-    calibration_tokens: arguments.CalibrationTokens = 8192,
+    calibration_tokens: arguments.CalibrationTokens = 32768,
     calibration_iterations: arguments.CalibrationIterations = None,
     dtype: arguments.StoredType = None,
     shard_size: arguments.ShardSize = LARGEST_SHARD,
