@@ -72,6 +72,19 @@ def test_layers_that_do_not_follow_the_stream_to_its_end_are_refused(cross_from,
         calibrated(plan, layers, replace(ASKED, text=material / "text.txt"), lambda share: None)
 
 
+@pytest.mark.parametrize(
+    "iterations, complaint",
+    [
+        ([0, 2], r"is \[0, 2\]: it must be a list of whole numbers between 1 and 4096"),
+        ([1, 3], "leaves out 2, the T of"),
+    ],
+)
+def test_iterations_that_the_model_does_not_have_are_refused(iterations, complaint, material, tmp_path):
+    plan, layers, _ = made(material, tmp_path / "made", 2, self_layers=2)
+    with pytest.raises(ValueError, match=f"--calibration-iterations {complaint}"):
+        calibrated(plan, layers, replace(ASKED, iterations=iterations), lambda share: None)
+
+
 def test_the_command_writes_what_was_fitted(material, tmp_path, capsys):
     """A tied source, stored in bfloat16."""
     source = tmp_path / "llama"

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from vllm_yocou.checkpoints.fitting import Fit
 from vllm_yocou.checkpoints.plan import Plan
 from vllm_yocou.checkpoints.tensors import SourceTensor
+from vllm_yocou.config_keys import KEYS
 from vllm_yocou.reference import YocoUForCausalLM
 
 READ = 1 << 16  # characters at a time
@@ -48,8 +49,8 @@ def calibrated(
         done: is told the share of the work that is behind, from 0 to 1.
 
     Raises:
-        ValueError: the text cannot be read or is too short, the source has no tokenizer of its own, or the cross layers
-            do not follow its stream to the end.
+        ValueError: the text cannot be read or is too short, the source has no tokenizer of its own, the cross layers do
+            not follow its stream to the end, or the iterations are none that the model could have.
     """
     first = plan.config.num_self_decoder_layers
     cross_from = [feed_forward for _, _, feed_forward in layers[first + 1 :] if feed_forward is not None]
@@ -59,11 +60,17 @@ def calibrated(
             f"--calibrate cannot be used with cross layers from {', '.join(map(str, cross_from))}: each is fitted to "
             f"what its source layer leaves, name layers in their order that end with {last}."
         )
+    own = plan.config.num_iterations
+    iterations = list(asked.iterations or [own])
+    if complaint := KEYS["trained_iterations"].complaint(iterations):
+        raise ValueError(f"--calibration-iterations is {iterations}: {complaint}.")
+    if own not in iterations:
+        raise ValueError(f"--calibration-iterations leaves out {own}, the T of the model: name it too.")
     rows_RN = read_rows(plan, asked)
     student = planned_model(plan)
     source = LlamaForCausalLM.from_pretrained(plan.source, dtype=torch.float32).eval()
     fit = Fit(student, source, rows_RN, done)
-    fit.run(cross_from, asked.iterations or [plan.config.num_iterations], asked.ridge, asked.self_ridge)
+    fit.run(cross_from, sorted(set(iterations)), asked.ridge, asked.self_ridge)
     steps = [
         replace(step, tensor=SourceTensor.mapped(fit.changed[step.target]), change=REFITTED)
         if step.target in fit.changed
