@@ -63,7 +63,7 @@ def make(source: Path, text: Path, folder: Path, iterations: int, steps: int, mo
         command = [sys.executable, str(DISTILL), str(source), str(start), str(healed)]
         command += ["--text", str(text), "--steps", str(steps), "--every", str(math.ceil(steps / 20))]
         command += ["--sequence", str(ROW), "--accumulate", str(STEP_ROWS), *more]
-        if any((healed / "steps").glob("checkpoint-*")):
+        if any((healed / "steps").glob("checkpoint-*/trainer_state.json")):
             command.append("--resume")
         subprocess.run(command, env=user_environment(), stdout=sys.stderr, check=True)
     return Made(start, healed, json.loads(report.read_text()))

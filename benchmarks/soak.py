@@ -170,7 +170,7 @@ def main() -> int:
             log, limit_s = Path(folder) / "log", int(seconds) + 600
             starts = command(change)
             with (
-                change.beside(starts),
+                change.beside(starts, limit_s),
                 serving(starts, log, limit_s=limit_s, environment=change.environment) as server,
             ):
                 report = soak(server, change, seconds, arguments.seed)

@@ -49,8 +49,8 @@ class Nothing:
         return []
 
     @contextmanager
-    def beside(self, command: list[str]) -> Iterator[None]:
-        """What the server needs while it runs; `command` starts the server."""
+    def beside(self, command: list[str], limit_s: int) -> Iterator[None]:
+        """What the server needs while it runs; `command` starts the server, and `limit_s` bounds its life."""
         yield
 
     def client(self, server: Server, models: Models, report: Report, seed: str) -> Client:

@@ -14,7 +14,6 @@ from benchmarks.soak_clients import Client
 from benchmarks.soak_models import Models
 
 HOST, PORT = "VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_NIXL_SIDE_CHANNEL_PORT"
-LIMIT_S = 2 * 3600
 # A cache that nobody fetches, because its client has left, is kept for minutes.
 KEPT = "256M"
 
@@ -67,12 +66,12 @@ class Prefilled(Nothing):
         return ["--kv-transfer-config", role("kv_consumer")]
 
     @contextmanager
-    def beside(self, command: list[str]) -> Iterator[None]:
+    def beside(self, command: list[str], limit_s: int) -> Iterator[None]:
         here = list(command)
         here[here.index("--kv-transfer-config") + 1] = role("kv_producer")
         here[here.index("--kv-cache-memory-bytes") + 1] = KEPT
         environment = {HOST: "127.0.0.1", PORT: str(free_port())}
-        with serving(here, self.folder / "prefill.log", limit_s=LIMIT_S, environment=environment) as server:
+        with serving(here, self.folder / "prefill.log", limit_s=limit_s, environment=environment) as server:
             self.prefill_url = server.url
             yield
 

@@ -31,7 +31,7 @@ from vllm_yocou.checkpoints.write import copy_companions
 WINDOW, TOKENS = 128, 256  # W, and tokens of a row
 LEARNING_RATE = 5e-4
 
-Choices = dict[str, dict[str, Any]]  # arguments of `build`, by name
+Choices = dict[str, dict[str, Any]]  # arguments of `save`, by name
 
 
 def choices(layers: int) -> tuple[Choices, Choices]:
@@ -82,18 +82,23 @@ def distilled(source: Path, start: Path, text: Path, steps: int, held: int) -> d
 def measure(source: Path, text: Path, steps: int, held: int) -> Result:
     """Losses of every held-out row."""
     logging.disable_progress_bar()
-    sizes = dict(source=source.name, row=TOKENS, window=WINDOW, dtype="float32", held_out_tokens=held * (TOKENS - 1))
+    sizes: dict[str, Any] = dict(source=source.name, row=TOKENS, window=WINDOW, dtype="float32")
     result = Result.here("upcycling", **sizes, steps=steps, learning_rate=LEARNING_RATE)
     healed, started = choices(AutoConfig.from_pretrained(source).num_hidden_layers)
     for name, choice in (healed | started).items():
         progress(name)
         with tempfile.TemporaryDirectory() as temporary:
             start, T = Path(temporary) / "start", choice.get("iterations", 1)
-            save(source, start, **{"iterations": 1} | choice)
+            settings: dict[str, Any] = {"iterations": 1} | choice
+            save(source, start, **settings)
             config = AutoConfig.from_pretrained(start)
             # Of a start that is not healed, only what the report says of the time before its step counts.
-            nats = distilled(source, start, text, steps if name in healed else 1, held)["held_out_nats"]
+            report = distilled(source, start, text, steps if name in healed else 1, held)
+            nats = report["held_out_nats"]
         if not result.measurements:
+            if len(nats["source"][""]) < held:
+                sys.exit(f"the text has {len(nats['source'][''])} rows to hold out, {held} are wanted: give more text.")
+            result.settings["held_out_tokens"] = report["held_out_tokens"]
             result.add("loss of the source", "nats", nats["source"][""], start="the source itself")
         layers = f"{config.num_self_decoder_layers} + {config.num_cross_decoder_layers}"
         of: dict[str, Key] = {"start": name, "S + C": layers, "T": T}
@@ -106,7 +111,7 @@ def measure(source: Path, text: Path, steps: int, held: int) -> Result:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
-    parser.add_argument("text", type=Path, help="a text file; rows from all over it are taken")
+    parser.add_argument("text", type=Path, help="a text file, whose every twentieth row is held out")
     parser.add_argument("--steps", type=int, default=32, help="of one row each")
     parser.add_argument("--held-out", type=int, default=8, help="rows")
     arguments = parser.parse_args()

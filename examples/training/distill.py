@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import loss
 import torch
@@ -36,7 +37,7 @@ from vllm_yocou.reference import YocoUForCausalLM
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def at_least(least: int, kind: type = int, most: float = math.inf) -> Callable[[str], float]:
+def at_least(least: float, kind: type = int, most: float = math.inf) -> Callable[[str], float]:
     """A type for argparse, whose name is what its complaint shows."""
 
     def number(text: str) -> float:
@@ -66,7 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--next-token", type=at_least(0, float, most=1), default=0.1, help="weight of the next-token loss, 0 to 1"
     )
-    parser.add_argument("--temperature", type=at_least(0, float), default=1.0, help="of both distributions")
+    parser.add_argument("--temperature", type=at_least(0.1, float), default=1.0, help="of both distributions")
     parser.add_argument("--hidden", type=at_least(0, float), default=0.0, help="weight of the distance of streams")
     parser.add_argument(
         "--hidden-layers", type=at_least(1), default=1, help="from the last back, those before which streams count"
@@ -75,7 +76,10 @@ def parse() -> argparse.Namespace:
         "--train", choices=TRAINED, default="all", help="the global K, V and cross q, o; all cross; all"
     )
     parser.add_argument(
-        "--iterations", type=at_least(1), nargs="+", help="each step takes one of these T, by default the model's own"
+        "--iterations",
+        type=at_least(1),
+        nargs="+",
+        help="each step takes one of these T, by default those of the student's trained_iterations",
     )
     parser.add_argument("--precision", choices=DTYPES, default="float32", help="mixed with float32 weights")
     parser.add_argument("--gradient-checkpointing", action="store_true")
@@ -148,6 +152,24 @@ def main() -> None:
         refuse("interrupted before a step was saved: a smaller --every saves more often.")
 
 
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as JSON has them, without the one that only says how a run begins."""
+    settings = json.loads(json.dumps(vars(arguments), default=str))
+    del settings["resume"]
+    return settings
+
+
+def keep_settings(arguments: argparse.Namespace, file: Path) -> None:
+    """Keep the settings of a run beside its steps; one that goes on must have the same, or its steps would differ."""
+    settings = settings_of(arguments)
+    if arguments.resume and file.exists():
+        kept = json.loads(file.read_text())
+        for name in (name for name in settings if settings[name] != kept.get(name)):
+            refuse(f"the run began with {name} {kept.get(name)} and not {settings[name]}: --resume needs the same.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=1) + "\n")
+
+
 def refuse_what_does_not_fit(arguments: argparse.Namespace, student: YocoUConfig, source_layers: int) -> None:
     """Refuse settings that mean nothing for these models."""
     most = min(student.num_cross_decoder_layers, source_layers - 1)
@@ -189,6 +211,9 @@ def distil(arguments: argparse.Namespace) -> None:
         refuse("--precision float16 needs a GPU: take bfloat16 or float32 on a CPU.")
     if arguments.resume and last is None:
         refuse(f"{steps} holds no step to resume from: leave out --resume.")
+    if not arguments.resume and (kept := last_saved(steps)):
+        refuse(f"{steps} holds {kept.name} of another run: add --resume to go on from it, or give another folder.")
+    keep_settings(arguments, steps / "settings.json")
     student, teacher, dtype = load(arguments)
     refuse_what_does_not_fit(arguments, student.config, teacher.config.num_hidden_layers)
     tokenizer = AutoTokenizer.from_pretrained(arguments.student)
@@ -203,7 +228,7 @@ def distil(arguments: argparse.Namespace) -> None:
     settings, clock = training_arguments(arguments), StepClock()
     if settings.n_gpu > 1:
         refuse("one process sees several GPUs: start it with `accelerate launch`, or name one in CUDA_VISIBLE_DEVICES.")
-    iterations = arguments.iterations or [student.config.num_iterations]
+    iterations = arguments.iterations or student.config.trained_iterations
     trainer = Distillation(
         model=student,
         args=settings,
@@ -246,7 +271,7 @@ def distil(arguments: argparse.Namespace) -> None:
     )
     perplexity = {when: {T: round(math.exp(nats), 2) for T, nats in each.items()} for when, each in mean.items()}
     report = {
-        "settings": json.loads(json.dumps(vars(arguments), default=str)),
+        "settings": settings_of(arguments),
         "training_tokens": state.num_input_tokens_seen,
         "held_out_tokens": int(found["source"][""][1].sum()),
         "held_out_nats": {

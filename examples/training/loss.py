@@ -12,8 +12,8 @@ def row_nats(model: PreTrainedModel, rows: Iterable[dict[str, torch.Tensor]]) ->
     """The sum of the negative log-likelihoods of each row's labels (R,), and how many these are (R,).
 
     Args:
-        rows: inputs of the model, each of one sequence (1, N) with its labels; no label is -100. The first token has
-            none before it and is not scored.
+        rows: inputs of the model, each of one sequence (1, N) with its labels. -100 marks a token that is not scored,
+            and the first one never is.
     """
     sums, labels = [], []
     for row in rows:

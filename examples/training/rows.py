@@ -1,6 +1,7 @@
 """No token of a row sees another document: documents are packed one after the other, and each begins at position 0.
 
-A row also begins a document, whatever text comes before it. Rows of a .txt file are pieces of one document.
+A row also begins a document, whatever text comes before it. Rows of a .txt file are pieces of one document. A row that
+was made to look back is one document as a whole.
 """
 
 import random
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, Value, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
@@ -30,11 +32,15 @@ def read_rows(files: list[Path], tokenizer: PreTrainedTokenizerBase, tokens: int
             refuse(f"{file} is not a file that ends in {', '.join(LOADERS)}: give text in one of these formats.")
         # Only the loader of .txt knows sample_by.
         how = {"sample_by": "document"} if file.suffix == ".txt" else {}
-        part = load_dataset(LOADERS[file.suffix], data_files=str(file), split="train", **how)
+        try:
+            part = load_dataset(LOADERS[file.suffix], data_files=str(file), split="train", **how)
+        except DatasetGenerationError as error:
+            refuse(f"{file} cannot be read as {file.suffix} in UTF-8 ({error.__cause__ or error}): correct the file.")
         if "text" not in part.column_names:
             refuse(f"{file} has no column 'text' but {', '.join(part.column_names)}: rename the one that is meant.")
-        if part.features["text"].dtype not in ("string", "large_string"):
-            refuse(f"the column 'text' of {file} is of {part.features['text'].dtype}: give text.")
+        kind = part.features["text"]
+        if not isinstance(kind, Value) or kind.dtype not in ("string", "large_string"):
+            refuse(f"the column 'text' of {file} is of {getattr(kind, 'dtype', kind)}: give text.")
         parts.append(part.select_columns("text"))
 
     def cut(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:

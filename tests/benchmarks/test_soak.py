@@ -42,7 +42,7 @@ class Model:
 def test_a_minute_of_mixed_clients(name, starts_vllm, both_cores, nightly, tmp_path):
     change = CHANGES[name](Reference(soak.CHECKPOINT), tmp_path)
     command = soak.command(change)
-    with change.beside(command), serving(command, tmp_path / "log", environment=change.environment) as server:
+    with change.beside(command, 1200), serving(command, tmp_path / "log", environment=change.environment) as server:
         with pytest.raises(LookupError, match="vllm:nothing_of_this_name is not among"):
             server.metric("vllm:nothing_of_this_name")
         report = soak.soak(server, change, seconds=45, seed=1)

@@ -78,9 +78,10 @@ def test_healing_writes_a_checkpoint_and_resumes_to_the_exact_step(
     first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     again = json.loads((resumed / "distillation.json").read_text())
-    assert again["held_out_perplexity"] == perplexity and [path.name for path in (resumed / "steps").iterdir()] == [
-        "checkpoint-4"
-    ]
+    assert again["held_out_perplexity"] == perplexity and {path.name for path in (resumed / "steps").iterdir()} == {
+        "checkpoint-4",
+        "settings.json",
+    }
 
 
 def test_mixed_precision(distill, material, tmp_path, monkeypatch, capsys):
@@ -143,11 +144,52 @@ def test_the_loss_of_a_step(distill, material):
 
 def test_a_checkpoint_of_several_iterations(distill, material, tmp_path, monkeypatch, capsys):
     """Each step draws its T, alike in a run that goes on; the checkpoint says which were trained."""
-    run(distill, monkeypatch, material, tmp_path, "--iterations", "1", "2", "3", "--steps", "3")
-    config = AutoModelForCausalLM.from_pretrained(tmp_path).config
+    drawn, first, second = [], tmp_path / "first", tmp_path / "second"
+
+    class Noted(distill.Distillation):
+        def training_step(self, model, *inputs):
+            hook = model.model.register_forward_pre_hook(
+                lambda *_: drawn.append((self.state.global_step, model.config.num_iterations))
+            )
+            try:
+                return super().training_step(model, *inputs)
+            finally:
+                hook.remove()
+
+    monkeypatch.setattr(distill, "Distillation", Noted)
+    settings = ("--iterations", "1", "2", "3", "--steps", "8", "--look-back", "0.5", "--every", "4")
+    run(distill, monkeypatch, material, first, *settings)
+    config = AutoModelForCausalLM.from_pretrained(first).config
     assert (config.num_iterations, config.trained_iterations) == (2, [1, 2, 3])
-    perplexity = json.loads((tmp_path / "distillation.json").read_text())["held_out_perplexity"]
+    perplexity = json.loads((first / "distillation.json").read_text())["held_out_perplexity"]
     assert [*perplexity["before"]] == [*perplexity["after"]] == ["1", "2", "3"]
+    assert len(drawn) == 16 and {T for _, T in drawn} == {1, 2, 3}  # two batches a step
+    assert len(set(drawn)) == 8
+    whole = drawn.copy()
+    drawn.clear()
+    (second / "steps").mkdir(parents=True)
+    shutil.copytree(first / "steps" / "checkpoint-4", second / "steps" / "checkpoint-4")
+    run(distill, monkeypatch, material, second, *settings, "--resume")
+    assert drawn == [(step, T) for step, T in whole if step >= 4]
+    one, other = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    # What was trained for several T goes on so.
+    drawn.clear()
+    monkeypatch.setattr("sys.argv", [*map(str, ["distill.py", material / "llama", first, tmp_path / "third", "--text"]),
+                                     str(material / "text.txt"), *SETTINGS])  # fmt: skip
+    distill.main()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "third").config.trained_iterations == [1, 2, 3]
+
+
+def test_a_run_is_neither_mixed_with_another_nor_continued_otherwise(distill, material, tmp_path, monkeypatch, capsys):
+    run(distill, monkeypatch, material, tmp_path, "--steps", "2")
+    for settings, complaint in (
+        ((), "holds checkpoint-2 of another run: add --resume to go on from it, or give another folder."),
+        (("--resume", "--seed", "1"), "the run began with steps 2 and not 4: --resume needs the same."),
+    ):
+        with pytest.raises(SystemExit):
+            run(distill, monkeypatch, material, tmp_path, *settings)
+        assert complaint in capsys.readouterr().err
 
 
 def test_only_what_was_asked_for_is_trained(distill, material, tmp_path, monkeypatch, capsys):
@@ -188,6 +230,7 @@ def test_operations_of_a_step_are_those_that_torch_counts(distill, material):
         (["--sequence", "16"], "rows of 16 tokens stay within the window of 16: nothing would train"),
         (["--batch", "0"], "invalid (int, at least 1) value: '0'"),
         (["--sequence", "7"], "invalid (int, at least 8) value: '7'"),
+        (["--temperature", "0"], "invalid (float, at least 0.1) value: '0'"),
         (["--next-token", "5"], "invalid (float, at least 0, at most 1) value: '5'"),
         (["--learning-rate", "nan"], "invalid (float, at least 0) value: 'nan'"),
         (["--precision", "float16"], "float16 needs a GPU: take bfloat16 or float32"),

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 
 import pytest
 import torch
@@ -84,3 +85,18 @@ def test_rows_that_look_back_end_with_a_passage_of_theirs(rows_module, material,
                     if new == old[: N - length] + old[begin : begin + length]]  # fmt: skip
         assert kept >= N // 2 and passages
     assert all(torch.equal(torch.tensor(row["position_ids"]), torch.arange(N)) for row in changed)
+
+
+@pytest.mark.parametrize(
+    "name, content, complaint",
+    [
+        ("chats.jsonl", b'{"text": ["a", "b"]}\n', "the column 'text' of .* give text"),
+        ("cut.jsonl", b'{"text": "a"', "cannot be read as .jsonl in UTF-8"),
+        ("latin.txt", "Größe".encode("latin-1"), "cannot be read as .txt in UTF-8"),
+    ],
+)
+def test_what_is_no_text_is_refused_in_a_line(name, content, complaint, rows_module, tokenizer, tmp_path, capsys):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit):
+        rows_module.read_rows([tmp_path / name], tokenizer, N)
+    assert re.search(complaint, capsys.readouterr().err.strip().splitlines()[-1])

@@ -105,6 +105,10 @@ def read_rows(plan: Plan, asked: Calibration) -> torch.Tensor:
         )
     begin = tokenizer("", verbose=False)["input_ids"]
     row = min(asked.row, asked.tokens, plan.config.max_position_embeddings) - len(begin)
+    if row < 1:
+        raise ValueError(
+            f"{asked.tokens} tokens of calibration leave none after the one that begins a text: take more."
+        )
     wanted = max(1, asked.tokens // (row + len(begin))) * row
     ids: list[int] = []
     try:

@@ -107,6 +107,7 @@ class Fit:
             self._step()
         rotation, mask = self.cross
         streams = [x_1ND for T in iterations for x_1ND in after[T]]
+        del after
         keys_values = [self.student.model.global_kv(x_1ND, rotation) for x_1ND in streams]
         theirs: Streams = []
         for row_N in self.rows_RN:

@@ -74,14 +74,14 @@ def json_object(text: str | dict) -> dict:
     return found
 
 
-def layers(text: str) -> tuple[int, ...]:
-    """Layer numbers and ranges, both ends included: 0-9,12,14."""
+def numbers(text: str) -> tuple[int, ...]:
+    """Numbers and ranges, both ends included: 0-9,12,14."""
     found: list[int] = []
     for part in str(text).split(","):
         ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
         first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
         if last < first:
-            raise typer.BadParameter(f"'{part}' is neither a layer's number nor a range of them, as in 0-9,12,14.")
+            raise typer.BadParameter(f"'{part}' is neither a number nor a range of numbers, as in 0-9,12,14.")
         found.extend(range(first, last + 1))
     return tuple(found)
 
@@ -146,7 +146,7 @@ SelfLayers = Annotated[
 Window = Annotated[int, typer.Option(min=1, help="W, tokens that a self layer sees, itself included.")]
 SelfFrom = Annotated[
     tuple | None,
-    typer.Option(parser=layers, metavar="LAYERS", help="Source layers of the self layers, by default the first S."),
+    typer.Option(parser=numbers, metavar="LAYERS", help="Source layers of the self layers, by default the first S."),
 ]
 GlobalFrom = Annotated[
     int | None, typer.Option(min=0, help="Source layer of the global K and V, by default the first cross layer's.")
@@ -154,7 +154,7 @@ GlobalFrom = Annotated[
 AttentionFrom = Annotated[
     tuple | None,
     typer.Option(
-        parser=layers,
+        parser=numbers,
         metavar="LAYERS",
         help="Source layers of the cross layers' attention, by default for each the one of the global K and V.",
     ),
@@ -162,7 +162,7 @@ AttentionFrom = Annotated[
 CrossFrom = Annotated[
     tuple | None,
     typer.Option(
-        parser=layers,
+        parser=numbers,
         metavar="LAYERS",
         help="Source layers of the cross layers' feed-forward, by default those after the self layers'.",
     ),
@@ -176,7 +176,7 @@ Calibrate = Annotated[
     Path | None,
     typer.Option(
         metavar="TEXT",
-        help="Prose in UTF-8, on which the cross-decoder is fitted to the source.",
+        help="Prose in UTF-8, on which the model is fitted to the source.",
     ),
 ]
 CalibrationTokens = Annotated[
@@ -188,7 +188,7 @@ CalibrationTokens = Annotated[
 CalibrationIterations = Annotated[
     tuple | None,
     typer.Option(
-        parser=layers,
+        parser=numbers,
         metavar="NUMBERS",
         help="Every T that the model is fitted for, such as 1-3, by default its own alone; counts with --calibrate.",
     ),
