@@ -1,12 +1,11 @@
 """Healing from a tiny Llama to a checkpoint; a run that is resumed ends where one that was not would have."""
 
-import importlib
 import json
 import shutil
 
 import pytest
 import torch
-from harness.checkout import ROOT
+from harness.checkout import training_example
 from harness.llamas import save_material, upcycle
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,9 +18,8 @@ SETTINGS = ("--sequence", "48", "--steps", "4", "--batch", "2", "--accumulate", 
 
 @pytest.fixture(scope="module")
 def distill():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples" / "training")
-        yield importlib.import_module("distill")
+    with training_example("distill") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

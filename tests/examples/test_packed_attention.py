@@ -1,11 +1,9 @@
 """Packed documents are computed as each alone is with transformers' attention, and without a tensor of N * N."""
 
-import importlib
-
 import pytest
 import torch
 from harness import llamas, tiny
-from harness.checkout import ROOT
+from harness.checkout import training_example
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LENGTHS = (1, 5, 16, 17, 40, 48)  # of documents; W is 16
@@ -13,9 +11,8 @@ LENGTHS = (1, 5, 16, 17, 40, 48)  # of documents; W is 16
 
 @pytest.fixture(scope="module", autouse=True)
 def packed_attention():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples" / "training")
-        yield importlib.import_module("packed_attention")
+    with training_example("packed_attention") as module:
+        yield module
 
 
 def packed(lengths, vocab_size):

@@ -1,6 +1,5 @@
 """Reinforcement learning: what a step computes, and how its weights reach an engine that serves requests."""
 
-import importlib
 import re
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from harness import tiny
-from harness.checkout import ROOT, TRAINED
+from harness.checkout import ROOT, TRAINED, training_example
 from harness.engines import generate
 from harness.oracle import agrees
 from vllm.outputs import WeightVersionSpan
@@ -22,9 +21,8 @@ PROMPT = tiny.prompt(300)
 
 @pytest.fixture(scope="module")
 def rl():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples" / "training")
-        yield importlib.import_module("rl")
+    with training_example("rl") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

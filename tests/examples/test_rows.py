@@ -1,12 +1,11 @@
 """Rows of tokens hold each document once, know where it begins, and some say a passage again."""
 
-import importlib
 import json
 import re
 
 import pytest
 import torch
-from harness.checkout import ROOT
+from harness.checkout import training_example
 from harness.llamas import TEXT, save_material
 from transformers import AutoTokenizer
 
@@ -15,9 +14,8 @@ N = 48
 
 @pytest.fixture(scope="module")
 def rows_module():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples" / "training")
-        yield importlib.import_module("rows")
+    with training_example("rows") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """What of this tree and this machine the tests use."""
 
+import importlib
 import shutil
 import sys
 from contextlib import contextmanager
@@ -15,6 +16,14 @@ TRAINED = ROOT / "examples" / "yoco-u-kjv"
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch's compiler needs a C++ compiler on a CPU"
 )
+
+
+@contextmanager
+def training_example(name: str):
+    """The module of examples/training, whose neighbours it imports by their bare names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples" / "training")
+        yield importlib.import_module(name)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ Shapes: R rows of N tokens, D hidden_size, I inputs and O outputs of a matrix.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -88,11 +89,8 @@ class Fit:
             def attend(number: int, x_1ND: torch.Tensor, layer: Any = layer) -> torch.Tensor:
                 return layer.self_attn(layer.input_layernorm(x_1ND), 0, *self.window, None)[0]
 
-            def feed(number: int, x_1ND: torch.Tensor, layer: Any = layer) -> torch.Tensor:
-                return layer.mlp(layer.post_attention_layernorm(x_1ND))
-
             here = f"model.self_decoder.layers.{i}"
-            for name, add in (("self_attn.o_proj", attend), ("mlp.down_proj", feed)):
+            for name, add in (("self_attn.o_proj", attend), ("mlp.down_proj", partial(feed, layer))):
                 copied = [x_1ND + add(number, x_1ND) for number, x_1ND in enumerate(copied)]
                 streams = self._follow(f"{here}.{name}", add, streams, copied + ends, ridge)
 
@@ -121,16 +119,15 @@ class Fit:
             def attend(number: int, x_1ND: torch.Tensor, layer: Any = layer) -> torch.Tensor:
                 return layer.cross_attn(layer.input_layernorm(x_1ND), *keys_values[number], rotation, mask)[0]
 
-            def feed(number: int, x_1ND: torch.Tensor, layer: Any = layer) -> torch.Tensor:
-                return layer.mlp(layer.post_attention_layernorm(x_1ND))
-
             for passed in layers[cross_from[j - 1] + 1 if j else followed : followed]:
                 theirs = [passed(x_1ND, **self.of_source) for x_1ND in theirs]
             here, copy = f"model.cross_decoder.layers.{j}", layers[followed]
             theirs = [x + copy.self_attn(copy.input_layernorm(x), **self.of_source)[0] for x in theirs]
             streams = self._follow(f"{here}.cross_attn.o_proj", attend, streams, theirs * len(iterations), ridge)
-            theirs = [x + copy.mlp(copy.post_attention_layernorm(x)) for x in theirs]
-            streams = self._follow(f"{here}.mlp.down_proj", feed, streams, theirs * len(iterations), ridge)
+            theirs = [x + feed(copy, number, x) for number, x in enumerate(theirs)]
+            streams = self._follow(
+                f"{here}.mlp.down_proj", partial(feed, layer), streams, theirs * len(iterations), ridge
+            )
 
     def _embedded(self) -> Streams:
         multiplier = self.student.config.embedding_multiplier
@@ -163,6 +160,11 @@ class Fit:
     def _step(self) -> None:
         self.behind += 1
         self.done(self.behind / self.parts)
+
+
+def feed(layer: Any, number: int, x_1ND: torch.Tensor) -> torch.Tensor:
+    """What the feed-forward of a layer adds, in the student as in the source; an `Add` once `layer` is given."""
+    return layer.mlp(layer.post_attention_layernorm(x_1ND))
 
 
 class Regression:
