@@ -32,7 +32,7 @@ endif
 serve: $(SERVING)
 	$(BIN)/python examples/inference/serve.py $(ARGS)
 
-# The types take as long as the tests, and each takes one core.
+# The types take one core and less time than the tests, whose two workers share what is left.
 check: $(TESTING)
 	$(MAKE) --jobs 2 lint unit
 
@@ -40,7 +40,7 @@ lint: $(TESTING)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files
 
 unit: $(TESTING)
-	$(PYTEST) -m "not engine and not slow" $(ARGS)
+	$(PYTEST) -m "not engine and not slow" $(TWO_WORKERS) $(ARGS)
 
 # In CI, of every supported vLLM but the first: the tests that start no engine, and an exactness test of each runner.
 supported: $(TESTING)
