@@ -224,4 +224,6 @@ async def load(clients: list[Client], seconds: float) -> None:
 
 
 def session() -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_S), connector=aiohttp.TCPConnector(limit=0))
+    # vLLM closes a connection that was idle for 5 s. A request that is being sent on it then is lost.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_S), connector=connector)

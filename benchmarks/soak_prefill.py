@@ -1,6 +1,7 @@
 """A server that decodes what another one has computed: every prompt's cache comes through vLLM's NixlConnector."""
 
 import json
+import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from benchmarks.soak_clients import Client
 from benchmarks.soak_models import Models
 
 HOST, PORT = "VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_NIXL_SIDE_CHANNEL_PORT"
+# vLLM gives every server of a CPU all cores, on which the waiting threads of one keep those of the other from running.
+CORES = "VLLM_CPU_OMP_THREADS_BIND"
 # A cache that nobody fetches, because its client has left, is kept for minutes.
 KEPT = "256M"
 
@@ -21,6 +24,12 @@ KEPT = "256M"
 def role(name: str) -> str:
     """A `--kv-transfer-config`."""
     return json.dumps({"kv_connector": "NixlConnector", "kv_role": name, "kv_buffer_device": "cpu"})
+
+
+def environment(server: int) -> dict[str, str]:
+    """A port and a half of the cores for one of the two servers."""
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[server::2]))
+    return {HOST: "127.0.0.1", PORT: str(free_port()), CORES: cores}
 
 
 class PrefillingClient(Client):
@@ -60,7 +69,7 @@ class Prefilled(Nothing):
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self.environment = {HOST: "127.0.0.1", PORT: str(free_port())}  # type: ignore[misc]  # of this server
+        self.environment = environment(0)  # type: ignore[misc]  # of this server
 
     def settings(self) -> list[str]:
         return ["--kv-transfer-config", role("kv_consumer")]
@@ -70,8 +79,7 @@ class Prefilled(Nothing):
         here = list(command)
         here[here.index("--kv-transfer-config") + 1] = role("kv_producer")
         here[here.index("--kv-cache-memory-bytes") + 1] = KEPT
-        environment = {HOST: "127.0.0.1", PORT: str(free_port())}
-        with serving(here, self.folder / "prefill.log", limit_s=limit_s, environment=environment) as server:
+        with serving(here, self.folder / "prefill.log", limit_s=limit_s, environment=environment(1)) as server:
             self.prefill_url = server.url
             yield
 
