@@ -20,6 +20,7 @@ from vllm import LLM
 
 from benchmarks.console import progress, publish
 from benchmarks.kv_layout import held_in_decode
+from benchmarks.precision import in_each_dtype
 from benchmarks.results import Result
 
 ITERATIONS = (1, 2, 3, 5)
@@ -37,9 +38,9 @@ def train(corpus: Path, output: Path, iterations: int, steps: int) -> dict:
     return json.loads(report.read_text())
 
 
-def serve(folders: dict[int, Path], result: Result) -> None:
+def serve(folders: dict[int, Path], dtype: str, result: Result) -> None:
     """Add what each T costs: seconds of a prompt and of a decode step, and the KV cache of a prompt's tokens."""
-    settings: dict[str, Any] = dict(dtype="float32", max_model_len=2048, max_num_seqs=BATCH, enforce_eager=True)
+    settings: dict[str, Any] = dict(dtype=dtype, max_model_len=2048, max_num_seqs=BATCH, enforce_eager=True)
     settings |= dict(kv_cache_memory_bytes=128 << 20, enable_prefix_caching=False) | SHARE
     engines = {t: LLM(str(folder), **settings) for t, folder in folders.items()}
     prompts: dict[int, list[float]] = {t: [] for t in engines}
@@ -59,8 +60,8 @@ def serve(folders: dict[int, Path], result: Result) -> None:
         result.add("KV cache", "MiB", held_in_decode(llm, PROMPT) * block_bytes(llm) / 2**20, T=t)
 
 
-def measure(corpus: Path, steps: int, folder: Path) -> Result:
-    """Checkpoints stay in `folder`; those found there are not trained again."""
+def measure(corpus: Path, steps: int, folder: Path, dtype: str = "float32") -> Result:
+    """Checkpoints are trained in float32 and stay in `folder`; those found there are not trained again."""
     folders = {t: folder / f"T{t}-{steps}" for t in ITERATIONS}
     reports = {}
     for t in ITERATIONS:
@@ -68,11 +69,11 @@ def measure(corpus: Path, steps: int, folder: Path) -> Result:
         reports[t] = train(corpus, folders[t], t, steps)
     one = reports[ITERATIONS[0]]
     sizes = dict(parameters=one["parameters"], training_tokens=one["training_tokens"], steps=steps)
-    result = Result.here("t_sweep", **sizes, dtype="float32", prompt=PROMPT, batch=BATCH, rounds=ROUNDS)
+    result = Result.here("t_sweep", **sizes, dtype=dtype, prompt=PROMPT, batch=BATCH, rounds=ROUNDS)
     for t, report in reports.items():
         result.add("held-out perplexity", "", report["held_out_perplexity"][f"YOCO-U, T = {t}"], T=t)
     progress("serving")
-    serve(folders, result)
+    serve(folders, dtype, result)
     return result
 
 
@@ -83,7 +84,8 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder for the checkpoints; those found there are not trained again")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        publish(measure(arguments.corpus, arguments.steps, arguments.keep or Path(temporary)))
+        folder = arguments.keep or Path(temporary)
+        publish(in_each_dtype(lambda dtype: measure(arguments.corpus, arguments.steps, folder, dtype)))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def t_sweep_note(result: Result) -> str:
     settings = result.settings
     return (
         f"{settings['parameters']:,} parameters, {settings['training_tokens']:,} training tokens and one seed for each "
-        f"T; {settings['dtype']}, eager, prompts of {settings['prompt']} tokens, {settings['batch']} requests in "
+        f"T; served in {settings['dtype']}, eager, prompts of {settings['prompt']} tokens, {settings['batch']} requests in "
         "decode; in brackets over the first T."
     )
 
@@ -292,6 +292,7 @@ TABLES = (
         note=t_sweep_note,
         has_options=True,
         by_default=False,
+        each_dtype=True,
         draw=draw_t_sweep,
         picture="held-out perplexity and cost by number of iterations",
     ),
