@@ -28,8 +28,9 @@ def role(name: str) -> str:
 
 def environment(server: int) -> dict[str, str]:
     """A port and a half of the cores for one of the two servers."""
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[server::2]))
-    return {HOST: "127.0.0.1", PORT: str(free_port()), CORES: cores}
+    cores = sorted(os.sched_getaffinity(0))
+    half = cores[server::2] or cores
+    return {HOST: "127.0.0.1", PORT: str(free_port()), CORES: ",".join(map(str, half))}
 
 
 class PrefillingClient(Client):
