@@ -41,8 +41,8 @@ def t_sweep_note(result: Result) -> str:
     settings = result.settings
     return (
         f"{settings['parameters']:,} parameters, {settings['training_tokens']:,} training tokens and one seed for each "
-        f"T; served in {settings['dtype']}, eager, prompts of {settings['prompt']} tokens, {settings['batch']} requests in "
-        "decode; in brackets over the first T."
+        f"T; served in {settings['dtype']}, eager, prompts of {settings['prompt']} tokens, {settings['batch']} "
+        "requests in decode; in brackets over the first T."
     )
 
 

@@ -212,9 +212,8 @@ def test_the_pages_follow_from_the_results():
 
 def test_the_promises_of_the_front_page_follow_from_the_results():
     text = " ".join((ROOT / "README.md").read_text().split())
-    ours, theirs = (
-        Result.all_of("peers")[0].median("KV cache", tokens=16384, model=model) for model in (OURS, LIKE_PAPER)
-    )
+    newest = max(Result.all_of("peers"), key=lambda result: result.date).only("float32")
+    ours, theirs = (newest.median("KV cache", tokens=16384, model=model) for model in (OURS, LIKE_PAPER))
     assert f"16,384 tokens holds {ours:.1f} MiB, where a Transformer of the same depth holds {theirs:.1f} MiB" in text
     first = Result.all_of("gpu_prefill")[0]
     longest = 256 << 10
